@@ -1,0 +1,70 @@
+# A phone book: every target calls one command. What is computed is cached by content in the
+# package, so nothing here looks at time stamps. Overrides: make table1 ARGS="model=local seed=1"
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+SSAH := $(BIN)/python -m ssah
+
+# Models and data come from the package index or from disk; the hub only on request.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+ARTEFACTS := table1 fig_share_sweep fig_roles_map
+NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
+
+.PHONY: help env setup plan smoke reproduce publish test test-notebooks lint bench lock clean-cache \
+	$(ARTEFACTS) $(NOTEBOOKS)
+
+help:
+	@echo "make setup            create $(VENV) from requirements.lock"
+	@echo "make plan             what there is to compute, and how long it takes"
+	@echo "make reproduce        every figure and table, then the claims table"
+	@echo "make smoke            the same on a random model, in about two minutes"
+	@echo "make publish          three seeds into results/published"
+	@echo "make test             lint, types, unit, integration and notebook tests"
+	@echo "make lint             style and types alone"
+	@echo "make test-notebooks   the notebooks alone, on the smoke profile"
+	@echo "make bench            attribution against plain forward passes"
+	@echo "make lock             pin the versions that are installed"
+	@echo "make clean-cache      delete cached runs and downloads"
+	@echo "artefacts:            $(ARTEFACTS)"
+	@echo "notebooks:            $(NOTEBOOKS)"
+	@echo 'overrides:            make table1 ARGS="seed=1 attribution.tokens=all"'
+
+env:
+	@test -x $(BIN)/ssah || $(MAKE) --no-print-directory setup
+
+setup:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps -e .
+
+plan reproduce publish bench clean-cache: env
+	$(SSAH) $@ $(ARGS)
+
+smoke: env
+	$(SSAH) reproduce profile=smoke $(ARGS)
+
+$(ARTEFACTS): env
+	$(SSAH) $@ $(ARGS)
+
+$(NOTEBOOKS): env
+	$(SSAH) notebook $@ $(ARGS)
+
+lint: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test: env lint
+	$(BIN)/python -m pytest tests $(ARGS)
+
+test-notebooks: env
+	$(BIN)/python -m pytest tests/notebooks $(ARGS)
+
+lock: env
+	{ echo "# Made by make lock on Python 3.11, Linux."; $(BIN)/pip freeze --exclude-editable | \
+		sed "s/+cpu$$//"; } \
+		> requirements.lock.new && mv requirements.lock.new requirements.lock
