@@ -1,0 +1,1 @@
+"""Runnable companion of *Superficial Safety Alignment Hypothesis* (Li & Kim, ICLR 2026)."""
