@@ -1,0 +1,211 @@
+"""Configuration: typed dataclasses for each stage, composed by Hydra from ``conf/``."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import SsahError
+from .paths import conf_dir
+
+
+@dataclass
+class ModelConfig:
+    """The model under study. ``source``: ``embedded``, ``tiny``, a folder, or a hub id."""
+
+    name: str = MISSING
+    source: str = MISSING
+    revision: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    chat_template: str | None = None  #: ``chatml``, or null for the tokenizer's own
+
+
+@dataclass
+class DataConfig:
+    """Which sets, and how AdvBench is divided. ``source``: ``embedded``, ``toy`` or ``files``.
+
+    Near-duplicates (token-set Jaccard >= ``near_duplicate``) always fall into one part.
+    """
+
+    source: str = MISSING
+    split_seed: int = 0
+    near_duplicate: float = 0.5
+    align: int = MISSING
+    evaluation: int = MISSING
+    search: int = MISSING
+    files: dict[str, Any] = field(default_factory=dict)  #: set name -> path or hub source
+
+
+@dataclass
+class AlignConfig:
+    """Making the aligned model out of the unaligned one; ``enabled=false``: it is aligned as is."""
+
+    enabled: bool = True
+    harmful: int = 120
+    benign: int = 120
+    safe_alternative: float = 0.3  #: fraction of refusals that end with an offer
+    epochs: int = 2
+    learning_rate: float = 1e-4
+    batch_size: int = 24
+    micro_batch_size: int = 12
+    weight_decay: float = 0.0
+    warmup_steps: int = 2
+    max_grad_norm: float = 1.0
+    train_embeddings: bool = False
+
+
+@dataclass
+class AttributionConfig:
+    """Statistics and score of eq. 1."""
+
+    samples: int = 120
+    max_response_tokens: int = 48
+    tokens: str = "response"  #: or ``all``
+    drop_first: bool = False  #: with ``tokens=all``: leave out the first position
+    variance_over: str = "token"  #: or ``sample_mean``
+    unit_kind: str = "head"  #: or ``channel``, ``kv_group``
+    batch_size: int = 16
+
+
+@dataclass
+class RolesConfig:
+    """Shares to try, and what the removal of a group must do to be accepted.
+
+    One share in a list fixes it. ASR limits are differences to the whole model; perplexity
+    limits are ratios to it. ``redundant_kinds`` are the kinds of units that may be RU.
+    """
+
+    redundant_kinds: list[str] = field(default_factory=lambda: ["attn", "mlp"])
+    ru_shares: list[float] = field(default_factory=lambda: [0.25, 0.2, 0.15, 0.1, 0.05])
+    esu_shares: list[float] = field(default_factory=lambda: [0.03, 0.02, 0.013, 0.01, 0.005])
+    euu_shares: list[float] = field(default_factory=lambda: [0.15, 0.1, 0.05])
+    ru_max_asr_rise: float = 0.1
+    ru_max_perplexity_ratio: float = 1.5
+    esu_min_asr_rise: float = 0.4
+    esu_max_perplexity_ratio: float = 1.5
+    euu_min_perplexity_ratio: float = 1.5
+
+
+@dataclass
+class EvaluateConfig:
+    """Safety and utility measurements."""
+
+    max_new_tokens: int = 24
+    batch_size: int = 100
+    system_prompt: str = MISSING
+    random_draws: int = 5
+    sweep_shares: list[float] = field(default_factory=lambda: [0.005, 0.01, 0.02, 0.04, 0.08, 0.16])
+    sweep_random_draws: int = 2
+    utility: str = "batched"  #: or ``lm_eval``
+    trivia_items: int = 100
+    arithmetic_items: int = 50
+    perplexity_rows: int = 60
+    lm_eval_tasks: list[str] = field(default_factory=list)
+    lm_eval_limit: int | None = None
+
+
+@dataclass
+class RuntimeConfig:
+    """How to run; nothing here changes what is computed beyond rounding."""
+
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass
+class Config:
+    """Everything. ``name`` is the profile's; seeds are ``seed`` ... ``seed + n_seeds - 1``."""
+
+    name: str = MISSING
+    seed: int = 0
+    n_seeds: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    roles: RolesConfig = field(default_factory=RolesConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+PROFILES = ("laptop", "smoke", "paper")
+GROUPS = ("profile", "model", "data", "align", "attribution", "roles", "evaluate", "runtime")
+
+
+def known_keys() -> list[str]:
+    """Every key that an override may set: ``roles.esu_shares`` and so on, and the groups."""
+    keys = ["seed", "n_seeds", *GROUPS]
+    for top in fields(Config):
+        node = Config.__dataclass_fields__[top.name].default_factory
+        if is_dataclass(node):
+            keys += [f"{top.name}.{leaf.name}" for leaf in fields(node)]
+    return keys
+
+
+def compose(profile: str = "laptop", overrides: list[str] | None = None) -> Config:
+    """Compose and check a configuration.
+
+    Raises :class:`SsahError` for an unknown profile or key (naming the nearest valid one), an
+    unknown option of a group, or a value of the wrong type.
+    """
+    overrides = list(overrides or [])
+    if profile not in PROFILES:
+        raise SsahError(f"Unknown profile '{profile}'{suggestion(profile, PROFILES)}")
+    check_keys(overrides)
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = hydra_compose("config", [f"profile={profile}", *overrides])
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise SsahError(f"Cannot compose the configuration: {reason}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def check_keys(overrides: list[str]) -> None:
+    """Raise :class:`SsahError` for an override that sets nothing, naming the nearest key."""
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise SsahError(f"'{override}' is not of the form key=value.") from error
+        key = parsed.key_or_group
+        if key not in known_keys() and not key.startswith(("data.files.", "hydra.", "hydra/")):
+            raise SsahError(f"Unknown override '{key}'{suggestion(key, known_keys())}")
+
+
+def sweep_points(overrides: list[str]) -> list[list[str]]:
+    """Every combination of Hydra's sweep values: ``seed=0,1`` gives two lists of overrides."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in parsed
+    ]
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def suggestion(word: str, valid: list[str] | tuple[str, ...]) -> str:
+    """The end of an error sentence: the nearest valid word, or all of them where few."""
+    ends = [v for v in valid if v.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(word, valid, n=1)
+    if len(ends) == 1 or (ends and not near):  # esu_shares: the group was forgotten
+        near = ends[:1]
+    if near:
+        return f": did you mean '{near[0]}'?"
+    return f": choose from {', '.join(valid)}."

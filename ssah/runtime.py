@@ -1,0 +1,68 @@
+"""The process: seeds, device, versions, memory."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import random
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import SsahError
+from .paths import PACKAGE
+
+REPORTED_PACKAGES = ("ssah", "torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch. Stages call it at their start, so order does not matter."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``auto`` is CUDA where there is one; asking for an absent device is an error."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise SsahError(
+            "runtime.device=cuda but PyTorch sees no CUDA device: install a CUDA build of PyTorch "
+            "or use runtime.device=cpu."
+        )
+    return torch.device(wanted)
+
+
+def peak_memory_mib() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 if sys.platform != "darwin" else 1024**2)
+
+
+@functools.cache
+def commit() -> str:
+    """Commit of the clone, with ``+`` where files differ from it; ``""`` outside of a clone."""
+    try:
+        command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty=+", "--abbrev=10"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """What made a result: recorded with every run, never part of its key."""
+    versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": versions,
+    }
