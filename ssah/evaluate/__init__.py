@@ -1,0 +1,1 @@
+"""Measuring safety and utility: generation, judging, scoring and statistics, apart."""

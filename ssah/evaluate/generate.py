@@ -1,0 +1,56 @@
+"""Completions, batched by length; what they mean is for the judges to say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import encode, pad
+
+
+@torch.inference_mode()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    sample_seed: int | None = None,
+    special_tokens: bool = False,
+) -> list[str]:
+    """Continuation of each rendered prompt, in the order given: greedy, or sampled from the
+    model's whole distribution (temperature 1) with ``sample_seed``.
+
+    Prompts are padded on the left and batched by length, so that equal prompts get equal batch
+    shapes in every arm that is compared. Generation stops at the end-of-turn token. Texts that
+    went through no chat template need ``special_tokens`` (:func:`ssah.models.encode`).
+    """
+    ids = [encode(tokenizer, text, special_tokens=special_tokens) for text in texts]
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+    answers = [""] * len(ids)
+    if sample_seed is not None:
+        torch.manual_seed(sample_seed)
+    steps = range(0, len(order), batch_size)
+    for start in tqdm(steps, desc="completions", leave=False, disable=not sys.stderr.isatty()):
+        chosen = order[start : start + batch_size]
+        batch = [ids[i] for i in chosen]
+        prompt = pad(batch, tokenizer.pad_token_id, "left").to(model.device)
+        attention = pad([[1] * len(b) for b in batch], 0, "left").to(model.device)
+        output = cast(Any, model).generate(
+            input_ids=prompt,
+            attention_mask=attention,
+            max_new_tokens=max_new_tokens,
+            do_sample=sample_seed is not None,
+            **({} if sample_seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        new = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(chosen, new, strict=True):
+            answers[i] = text
+    return answers

@@ -1,0 +1,111 @@
+"""Intervals and paired tests; all from statsmodels and scipy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import bootstrap, norm
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval and the size of the sample behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def scaled(self, factor: float) -> Estimate:
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
+
+
+def proportion(outcomes: Sequence[bool]) -> Estimate:
+    """Share of true outcomes with its Wilson 95 % interval."""
+    n, k = len(outcomes), int(sum(outcomes))
+    if n == 0:
+        raise ValueError("A proportion of no outcomes is undefined.")
+    low, high = proportion_confint(k, n, method="wilson")
+    return Estimate(k / n, low, high, n)
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
+    """``first - second``: the difference of two proportions on the same items.
+
+    The 95 % interval is Bonett and Price's (2012) adjusted Wald interval for paired proportions,
+    which stays sensible when few or no items differ.
+    """
+    a, b = _paired(first, second)
+    n, gained, lost = len(a), int((a & ~b).sum()), int((~a & b).sum())
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    centre = up - down
+    half = norm.ppf(0.975) * np.sqrt((up + down - centre**2) / (n + 2))
+    value = (gained - lost) / n
+    return Estimate(value, max(-1.0, centre - half), min(1.0, centre + half), n)
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of independent estimates (tasks): half-widths combine in quadrature."""
+    values = np.array([[e.value, e.value - e.low, e.high - e.value] for e in estimates])
+    value = float(values[:, 0].mean())
+    down, up = np.sqrt((values[:, 1:] ** 2).sum(0)) / len(values)
+    return Estimate(value, value - float(down), value + float(up), sum(e.n for e in estimates))
+
+
+def pool(estimates: Sequence[Estimate]) -> Estimate:
+    """One estimate for several seeds (or draws): the mean value and the mean interval bounds.
+
+    The prompts are the same for every seed, so more seeds do not narrow the interval; how far the
+    seeds are apart is shown beside it.
+    """
+    columns = [(e.value, e.low, e.high) for e in estimates]
+    value, low, high = np.asarray(columns, float).mean(0).tolist()
+    return Estimate(value, low, high, estimates[0].n)
+
+
+def perplexity(token_counts: Sequence[int], losses: Sequence[float]) -> Estimate:
+    """exp of the mean token loss; the interval is a bootstrap over texts.
+
+    ``losses`` are sums of negative log-likelihood (nats) over each text's ``token_counts``.
+    """
+    counts, sums = np.asarray(token_counts, float), np.asarray(losses, float)
+
+    def statistic(index: np.ndarray, axis: int = -1) -> np.ndarray:
+        return sums[index].sum(axis) / counts[index].sum(axis)
+
+    value = float(np.exp(sums.sum() / counts.sum()))
+    if len(sums) < 2:
+        return Estimate(value, value, value, len(sums))
+    index = np.arange(len(sums))
+    found = bootstrap(
+        (index,), statistic, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Estimate(value, float(np.exp(found.low)), float(np.exp(found.high)), len(sums))
+
+
+def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Exact McNemar test of two arms on the same prompts (two-sided p)."""
+    a, b = _paired(first, second)
+    table = [
+        [int((a & b).sum()), int((a & ~b).sum())],
+        [int((~a & b).sum()), int((~a & ~b).sum())],
+    ]
+    return float(mcnemar(table, exact=True).pvalue)
+
+
+def _paired(first: Sequence[bool], second: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    if len(first) != len(second):
+        raise ValueError("A paired comparison needs both arms on the same items.")
+    return np.asarray(first, bool), np.asarray(second, bool)
+
+
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Agreement of two raters beyond chance."""
+    a, b = np.asarray(first, bool), np.asarray(second, bool)
+    observed = float((a == b).mean())
+    expected = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
+    return (observed - expected) / (1 - expected) if expected < 1 else 1.0

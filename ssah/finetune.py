@@ -1,0 +1,133 @@
+"""Supervised fine-tuning with the Hugging Face Trainer: deterministic and resumable."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .config import AlignConfig
+from .evaluate.utility import label_logits
+from .models import pad, quiet
+from .runtime import seed_everything
+
+
+class ResponseTrainer(Trainer):
+    """A Trainer whose loss is the mean over response tokens, with logits computed only there.
+
+    On a small model with a large vocabulary the head is a third of the work, and half of the
+    positions are prompt. Gradients are those of the usual loss.
+    """
+
+    model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise NotImplementedError("This trainer computes losses only.")
+        bare = self.accelerator.unwrap_model(model)
+        hidden = bare.base_model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).last_hidden_state
+        target = inputs["labels"][:, 1:]
+        scored = target != -100
+        logits = label_logits(bare, hidden[:, :-1][scored]).float()
+        total = nn.functional.cross_entropy(logits, target[scored], reduction="sum")
+        return total / (num_items_in_batch if num_items_in_batch is not None else scored.sum())
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a training run did."""
+
+    steps: int
+    final_loss: float  #: mean training loss (nats per response token) over the last quarter
+    trainable_parameters: int
+
+
+def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` (-100 off the response)."""
+    ids = [row["prompt"] + row["response"] for row in rows]
+    labels = [[-100] * len(row["prompt"]) + row["response"] for row in rows]
+    return {
+        "input_ids": pad(ids, 0),
+        "attention_mask": pad([[1] * len(i) for i in ids], 0),
+        "labels": pad(labels, -100),
+    }
+
+
+def supervised_finetune(
+    model: PreTrainedModel,
+    dialogues: Sequence[tuple[list[int], list[int]]],
+    config: AlignConfig,
+    seed: int,
+    folder: Path,
+) -> TrainingRecord:
+    """Fine-tune in place on (prompt ids, response ids), resuming from a checkpoint in ``folder``.
+
+    A checkpoint is written after each epoch and removed at the end. Embeddings (and a tied
+    language-model head) train only with ``config.train_embeddings``.
+    """
+    seed_everything(seed)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embedding.requires_grad_(config.train_embeddings)
+    rows = [{"prompt": prompt, "response": response} for prompt, response in dialogues]
+    work = folder / "trainer"
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=max(config.batch_size // config.micro_batch_size, 1),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=config.max_grad_norm,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        use_cpu=model.device.type == "cpu",
+    )
+    trainer = ResponseTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    if not sys.stderr.isatty():
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+    model.config.use_cache = False
+    with quiet():
+        last = get_last_checkpoint(str(work)) if work.exists() else None
+        trainer.train(resume_from_checkpoint=last)
+    model.config.use_cache = True
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    shutil.rmtree(work, ignore_errors=True)
+    model.eval()
+    tail = losses[-max(len(losses) // 4, 1) :]
+    return TrainingRecord(
+        trainer.state.global_step,
+        sum(tail) / len(tail),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """A plain checkpoint that ``from_pretrained`` reads."""
+    with quiet(), torch.no_grad():
+        model.save_pretrained(folder)
