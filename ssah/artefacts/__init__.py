@@ -1,0 +1,81 @@
+"""Every figure and table by one id, which is also its make target, command and file stem."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..config import suggestion
+from ..errors import SsahError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from ..evaluate.stats import Estimate
+    from ..study import Study
+
+
+@dataclass
+class Output:
+    """What an artefact's function returns.
+
+    ``table`` is for reading (formatted); ``metrics`` are the numbers, one row each, with arm,
+    metric, seed, value, low, high and n.
+    """
+
+    note: str
+    table: pd.DataFrame | None = None
+    figure: Figure | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, arm: str, metric: str, seed: int | str, estimate: Estimate) -> None:
+        self.metrics.append({"arm": arm, "metric": metric, "seed": seed, **asdict(estimate)})
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A figure or table of the paper, or one that it lacks."""
+
+    id: str
+    title: str
+    notebook: str
+    module: str  #: of this package; it holds a function named like the artefact
+
+    def compute(self, study: Study) -> Output:
+        """Call the function; its module is imported only now, to keep the command line quick."""
+        return getattr(import_module(f".{self.module}", __name__), self.id)(study)
+
+
+#: All artefacts, in the order of the notebooks.
+ARTEFACTS = {
+    artefact.id: artefact
+    for artefact in (
+        Artefact("fig_share_sweep", "Ablation sweep", "02_unit_roles", "unit_roles"),
+        Artefact("fig_roles_map", "Where the units are", "02_unit_roles", "unit_roles"),
+        Artefact("table1", "Ablating groups of units", "02_unit_roles", "table1"),
+    )
+}
+
+
+def find(name: str) -> Artefact:
+    """The artefact of that id; :class:`SsahError` with the nearest one otherwise."""
+    if name not in ARTEFACTS:
+        raise SsahError(f"Unknown artefact '{name}'{suggestion(name, list(ARTEFACTS))}")
+    return ARTEFACTS[name]
+
+
+def produce(study: Study, artefact: Artefact) -> pd.DataFrame | Figure:
+    """Run an artefact's function and write its files, metrics and claims."""
+    from ..claims import update_claims
+    from .render import write_output
+
+    study.store.touched.clear()
+    output = artefact.compute(study)
+    seconds = sum(run.seconds for run in study.store.touched.values())
+    write_output(study, artefact, output, seconds)
+    update_claims(study.results)
+    shown = output.figure if output.figure is not None else output.table
+    assert shown is not None
+    return shown

@@ -1,0 +1,98 @@
+"""Write artefacts: tables as csv, md and tex, figures as png and svg, metrics as tidy rows."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import pandas as pd
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from ..evaluate.stats import Estimate
+
+if TYPE_CHECKING:
+    from ..study import Study
+    from . import Artefact, Output
+
+STYLE = str(Path(__file__).with_name("style.mplstyle"))
+
+#: Okabe-Ito colours: told apart by colour-blind readers; markers and line styles differ as well.
+COLOURS = {
+    "ESU": "#D55E00",
+    "EUU": "#0072B2",
+    "CU": "#009E73",
+    "RU": "#999999",
+    "random": "#000000",
+}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the target and rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    write(partial)
+    partial.replace(path)
+
+
+def format_estimate(e: Estimate | None, digits: int = 1) -> str:
+    """``12.0 [7.0, 19.8]``."""
+    if e is None:
+        return ""
+    return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
+
+
+def write_output(study: Study, artefact: Artefact, output: Output, seconds: float) -> None:
+    """All files of one artefact under the study's results folder."""
+    stamp = study.stamp
+    line = (
+        f"{artefact.title}. Profile {stamp['profile']}, model {stamp['model']}, seeds "
+        f"{stamp['seeds']}, {stamp['overrides'] or 'no overrides'}, config {stamp['config']}, "
+        f"commit {stamp['commit'] or 'unknown'}. Command: python -m ssah {artefact.id} "
+        f"profile={stamp['profile']} {stamp['overrides']}".rstrip()
+    )
+    frame = pd.DataFrame(output.metrics)
+    frame.insert(0, "artefact", artefact.id)
+    table = study.results / "tables" / artefact.id
+    write_atomically(table.with_suffix(".csv"), lambda p: frame.to_csv(p, index=False))
+    if output.table is not None:
+        shown = output.table
+        text = f"{shown.to_markdown(index=False)}\n\n{output.note}\n\n{line}\n"
+        write_atomically(table.with_suffix(".md"), lambda p: p.write_text(text, encoding="utf-8"))
+        latex = shown.to_latex(index=False, escape=True)
+        write_atomically(
+            table.with_suffix(".tex"), lambda p: p.write_text(f"% {line}\n{latex}", "utf-8")
+        )
+    if output.figure is not None:
+        _write_figure(output.figure, study.results / "figures" / artefact.id, line, output.note)
+    _merge(study.results / "metrics.csv", frame.assign(**stamp), artefact.id)
+    timing = pd.DataFrame([{"artefact": artefact.id, "seconds": round(seconds), **stamp}])
+    _merge(study.results / "timings.csv", timing, artefact.id)
+
+
+def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:
+    with mpl.rc_context({"svg.hashsalt": path.name}):
+        for kind in ("png", "svg"):
+            # Without a date, equal figures are equal files.
+            metadata = {"Description": line} | ({"Date": None} if kind == "svg" else {})
+            write_atomically(
+                path.with_suffix(f".{kind}"),
+                functools.partial(figure.savefig, format=kind, metadata=metadata),
+            )
+    write_atomically(
+        path.with_suffix(".md"), lambda p: p.write_text(f"{note}\n\n{line}\n", encoding="utf-8")
+    )
+
+
+def _merge(path: Path, rows: pd.DataFrame, artefact: str) -> None:
+    """Replace one artefact's rows in a shared csv; others' stay. Safe for several processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            old = pd.read_csv(path, dtype={"seed": str})
+            rows = pd.concat([old[old["artefact"] != artefact], rows], ignore_index=True)
+        write_atomically(path, lambda p: rows.to_csv(p, index=False))

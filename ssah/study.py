@@ -1,0 +1,91 @@
+"""A study: one configuration, its seeds, and the artefacts that notebooks show."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, compose
+from .paths import home, results_root
+from .runtime import commit
+from .stages import Stages
+from .store import Store, digest
+
+
+class Study:
+    """Profile and Hydra overrides, composed; stages by seed; where results go.
+
+    ``only`` restricts :meth:`show` to some artefacts (all where empty). Results go to
+    ``results/<profile>``, or with overrides to ``results/<profile>/<overrides>``, so that runs of
+    different settings never mix.
+    """
+
+    def __init__(
+        self,
+        profile: str = "laptop",
+        overrides: Sequence[str] = (),
+        only: Sequence[str] = (),
+        results: Path | None = None,
+    ):
+        self.overrides = [o for o in overrides if not o.startswith("runtime.")]
+        self.config: Config = compose(profile, list(overrides))
+        self.only = tuple(only)
+        self.store = Store(home() / "runs")
+        self.results = results or results_root() / profile / slug(self.overrides)
+        if self.config.runtime.threads:
+            torch.set_num_threads(self.config.runtime.threads)
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.config.seed, self.config.seed + self.config.n_seeds))
+
+    @functools.cache  # noqa: B019 - one study lives as long as its process
+    def stages(self, seed: int) -> Stages:
+        """The stages of one seed; what is loaded or read stays in memory."""
+        return Stages(self.config, self.store, seed)
+
+    @property
+    def all_stages(self) -> list[Stages]:
+        return [self.stages(seed) for seed in self.seeds]
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What every artefact says about its origin."""
+        return {
+            "profile": self.config.name,
+            "model": self.config.model.name,
+            "seeds": " ".join(map(str, self.seeds)),
+            "overrides": " ".join(self.overrides),
+            "config": digest(asdict(self.config))[:10],
+            "commit": commit(),
+        }
+
+    def show(self, artefact: str) -> Any:
+        """Compute (or read) an artefact, write its files, and return its table or figure.
+
+        Returns None where ``only`` leaves the artefact out.
+        """
+        from .artefacts import find, produce
+
+        found = find(artefact)
+        if self.only and artefact not in self.only:
+            return None
+        return produce(self, found)
+
+    def claims(self, artefact: str | None = None) -> Any:
+        """The claims table, or its rows that rest on one artefact."""
+        from .claims import claims_table, styled
+
+        table = claims_table(self.results)
+        return styled(table if artefact is None else table[table["artefact"] == artefact])
+
+
+def slug(overrides: Sequence[str]) -> str:
+    """A folder name for some overrides; long ones are cut and hashed."""
+    text = ",".join(sorted(overrides)).replace("/", "-").replace(" ", "")
+    return text if len(text) <= 80 else f"{text[:60]}-{digest(text)[:10]}"
