@@ -55,6 +55,7 @@ class AlignConfig:
     harmful: int = 120
     benign: int = 120
     safe_alternative: float = 0.3  #: fraction of refusals that end with an offer
+    anchor_weight: float = 10.0  #: of the divergence on benign rows, against the refusals' loss
     epochs: int = 2
     learning_rate: float = 1e-4
     batch_size: int = 24

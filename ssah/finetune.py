@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,41 @@ class ResponseTrainer(Trainer):
     """A Trainer whose loss is the mean over response tokens, with logits computed only there.
 
     On a small model with a large vocabulary the head is a third of the work, and half of the
-    positions are prompt. Gradients are those of the usual loss.
+    positions are prompt. Gradients are those of the usual loss. Rows marked ``anchored`` have no
+    right answer to learn: their loss is the divergence KL(reference || model) at each response
+    token, times ``anchor_weight``, which holds the model where ``reference`` is.
     """
 
-    model_accepts_loss_kwargs = True
+    reference: PreTrainedModel | None = None
+    anchor_weight: float = 1.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise NotImplementedError("This trainer computes losses only.")
-        bare = self.accelerator.unwrap_model(model)
-        hidden = bare.base_model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).last_hidden_state
         target = inputs["labels"][:, 1:]
         scored = target != -100
-        logits = label_logits(bare, hidden[:, :-1][scored]).float()
-        total = nn.functional.cross_entropy(logits, target[scored], reduction="sum")
+        logits = _scored_logits(self.accelerator.unwrap_model(model), inputs, scored)
+        anchored = inputs.get("anchored", torch.zeros(len(target), dtype=torch.bool))
+        rows = scored.nonzero()[:, 0]
+        soft = anchored.to(rows.device)[rows]
+        total = nn.functional.cross_entropy(logits[~soft], target[scored][~soft], reduction="sum")
+        if soft.any():
+            assert self.reference is not None
+            with torch.no_grad():
+                part = {name: inputs[name][anchored] for name in ("input_ids", "attention_mask")}
+                wanted = _scored_logits(self.reference, part, scored[anchored]).log_softmax(-1)
+            total = total + self.anchor_weight * nn.functional.kl_div(
+                logits[soft].log_softmax(-1), wanted, reduction="sum", log_target=True
+            )
         return total / (num_items_in_batch if num_items_in_batch is not None else scored.sum())
+
+
+def _scored_logits(model: PreTrainedModel, inputs: dict[str, Tensor], scored: Tensor) -> Tensor:
+    """Float32 logits that predict the ``scored`` tokens (bool ``[rows, tokens - 1]``)."""
+    hidden = model.base_model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+    ).last_hidden_state
+    return label_logits(model, hidden[:, :-1][scored]).float()
 
 
 @dataclass(frozen=True)
@@ -51,15 +70,20 @@ class TrainingRecord:
     trainable_parameters: int
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` (-100 off the response)."""
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` (-100 off the response).
+
+    Where any row is ``anchored``, also which rows are.
+    """
     ids = [row["prompt"] + row["response"] for row in rows]
     labels = [[-100] * len(row["prompt"]) + row["response"] for row in rows]
-    return {
+    batch = {
         "input_ids": pad(ids, 0),
         "attention_mask": pad([[1] * len(i) for i in ids], 0),
         "labels": pad(labels, -100),
     }
+    anchored = torch.tensor([row.get("anchored", False) for row in rows])
+    return batch | ({"anchored": anchored} if anchored.any() else {})
 
 
 def supervised_finetune(
@@ -68,16 +92,20 @@ def supervised_finetune(
     config: AlignConfig,
     seed: int,
     folder: Path,
+    anchors: Sequence[tuple[list[int], list[int]]] = (),
+    reference: PreTrainedModel | None = None,
 ) -> TrainingRecord:
     """Fine-tune in place on (prompt ids, response ids), resuming from a checkpoint in ``folder``.
 
-    A checkpoint is written after each epoch and removed at the end. Embeddings (and a tied
-    language-model head) train only with ``config.train_embeddings``.
+    On ``anchors`` the model is held to the distribution of ``reference`` instead. A checkpoint is
+    written after each epoch and removed at the end. Embeddings (and a tied language-model head)
+    train only with ``config.train_embeddings``.
     """
     seed_everything(seed)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         embedding.requires_grad_(config.train_embeddings)
-    rows = [{"prompt": prompt, "response": response} for prompt, response in dialogues]
+    rows: list[dict[str, Any]] = [{"prompt": p, "response": r} for p, r in dialogues]
+    rows += [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
     work = folder / "trainer"
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -107,6 +135,7 @@ def supervised_finetune(
         train_dataset=rows,
         data_collator=collate,
     )
+    trainer.reference, trainer.anchor_weight = reference, config.anchor_weight
     if not sys.stderr.isatty():
         from transformers import PrinterCallback
 

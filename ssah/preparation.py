@@ -182,10 +182,10 @@ class Preparation:
     # --- alignment ---------------------------------------------------------------------------
 
     def align(self) -> Run:
-        """The aligned model: fine-tuned on varied refusals mixed with its own benign answers.
+        """The aligned model: fine-tuned on varied refusals, and held in place on benign prompts.
 
-        Those answers are sampled, not greedy: on samples from its own distribution the expected
-        gradient is zero, so they hold the model where it is instead of sharpening it.
+        On its own sampled answers to those it is trained towards the unaligned model's whole
+        distribution; greedy answers as targets would sharpen it and cost perplexity.
         """
         config = self.config.align
         harmful = self.sample("harmful_align", config.harmful)
@@ -197,7 +197,7 @@ class Preparation:
             sample_seed=self.seed,
         )
         key = self._key(
-            1,
+            2,
             seed=self.seed,
             config=dataclasses.asdict(config),
             model=self.unaligned.identity,
@@ -214,12 +214,16 @@ class Preparation:
             text = self._answer_texts(answers)
             replies = [(row.prompt, text[row.id]) for row in benign]
             limit = self.config.attribution.max_response_tokens
-            dialogues = [
-                encode_dialogue(self.tokenizer, *pair, max_response_tokens=limit - 1)
-                for pair in refusals + replies
-            ]
+            taught, held = (
+                [
+                    encode_dialogue(self.tokenizer, *pair, max_response_tokens=limit - 1)
+                    for pair in pairs
+                ]
+                for pairs in (refusals, replies)
+            )
             model = load_model(self.unaligned, self.config.model, self.device)
-            record = supervised_finetune(model, dialogues, config, self.seed, folder)
+            reference = self.model("unaligned")
+            record = supervised_finetune(model, taught, config, self.seed, folder, held, reference)
             save_model(model, folder)
             (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
 

@@ -1,0 +1,54 @@
+"""Fixtures of the tests that need text: the tiny model with its word-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ssah.models import CHATML
+from ssah.toy import build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    build_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def answering_model(tiny_folder) -> PreTrainedModel:
+    """The tiny model with larger weights: as built, it only repeats the last token."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    vocabulary = AutoTokenizer.from_pretrained(tiny_folder).get_vocab()
+    digits = [i for word, i in vocabulary.items() if word.isdigit()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.4)
+        model.get_input_embeddings().weight[digits] *= 1.5  # so that it answers with numbers
+    return model
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "with_first_token"])
+def text_tokenizer(tiny_folder, request) -> PreTrainedTokenizerBase:
+    """Also one that starts every text with a special token, as those of Llama and Gemma do."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, padding_side="left")
+    tokenizer.chat_template = CHATML
+    if request.param:
+        first = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[first]
+        )
+        assert tokenizer("zorp")["input_ids"][0] == first[1]
+    return tokenizer

@@ -1,0 +1,199 @@
+"""Ablation: the chosen units say nothing, and afterwards every weight has its old bits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ssah.ablation import ablate
+from ssah.units import UnitLayout, UnitMask
+
+TOKENS = torch.tensor([[5, 9, 3, 17, 22, 8, 30, 11], [7, 7, 12, 1, 38, 2, 6, 19]])
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS, use_cache=False).logits
+
+
+def some_units(layout: UnitLayout, seed: int = 0) -> UnitMask:
+    """About a third of the units of each block, but none of the first MLP's."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {b.name: torch.rand(b.units, generator=generator) < 0.4 for b in layout.blocks}
+    chosen["layers.0.mlp"][:] = False
+    return UnitMask(chosen)
+
+
+def means(layout: UnitLayout) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        b.name: torch.randn(b.channels.numel(), generator=generator).double() for b in layout.blocks
+    }
+
+
+def bits(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_restored(model, before: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name]), name
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["head", "kv_group", "channel"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "phi3", "gemma2"])
+def test_zero_equals_a_model_with_zero_columns(families, model_type, kind):
+    model = families(model_type)
+    layout = UnitLayout.of(model, kind)
+    mask = some_units(layout)
+    assert mask.count("attn") > 0
+    assert mask.count("mlp") > 0
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in layout.blocks:
+            weight = reference.get_submodule(block.output).weight
+            for unit in mask[block.name].nonzero().flatten().tolist():
+                for channel in block.channels[unit].tolist():
+                    weight[:, channel] = 0
+    with ablate(model, layout, mask):
+        ablated = logits(model)
+    assert torch.equal(ablated, logits(reference))
+    assert not torch.allclose(ablated, logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["head", "channel"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2"])
+def test_mean_equals_a_model_whose_channels_are_constant(families, model_type, kind):
+    model = families(model_type)
+    layout = UnitLayout.of(model, kind)
+    mask, mean = some_units(layout), means(layout)
+    reference = copy.deepcopy(model)
+    for block in layout.blocks:
+        channels = block.channels[mask[block.name]].flatten()
+
+        def replace(module, args, channels=channels, value=mean[block.name]):
+            inward = args[0].clone()
+            inward[..., channels] = value[channels].to(inward)
+            return (inward,)
+
+        reference.get_submodule(block.output).register_forward_pre_hook(replace)
+    with ablate(model, layout, mask, "mean", mean):
+        ablated = logits(model)
+    torch.testing.assert_close(ablated, logits(reference), rtol=1e-4, atol=1e-4)
+    with ablate(model, layout, mask):
+        assert not torch.allclose(ablated, logits(model), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+@pytest.mark.parametrize("fail", [True, False])
+def test_every_bit_is_restored(tiny_model, dtype, mode, fail):
+    model = tiny_model.to(dtype)
+    layout = UnitLayout.of(model)
+    mask, before = some_units(layout), bits(model)
+
+    def inside() -> None:
+        with ablate(model, layout, mask, mode, means(layout)):
+            changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
+            assert changed == [
+                "model.layers.0.self_attn.o_proj.weight",
+                "model.layers.1.self_attn.o_proj.weight",
+                "model.layers.1.mlp.down_proj.weight",
+            ]
+            logits(model)
+            if fail:
+                raise KeyboardInterrupt
+
+    if fail:
+        with pytest.raises(KeyboardInterrupt):
+            inside()
+    else:
+        inside()
+    assert_restored(model, before)
+
+
+def test_an_error_while_ablating_restores_too(tiny_model):
+    """Here a later block's mean is missing, when earlier blocks are already changed."""
+    layout = UnitLayout.of(tiny_model)
+    mean, before = means(layout), bits(tiny_model)
+    del mean["layers.1.mlp"]
+    with (
+        pytest.raises(KeyError, match=r"layers\.1\.mlp"),
+        ablate(tiny_model, layout, some_units(layout), "mean", mean),
+    ):
+        pytest.fail("the block must not be entered")
+    assert_restored(tiny_model, before)
+
+
+def test_blocks_nest(tiny_model):
+    layout = UnitLayout.of(tiny_model)
+    first, second, before = some_units(layout, 2), some_units(layout, 3), bits(tiny_model)
+    assert first != second
+    with ablate(tiny_model, layout, first | second):
+        both = logits(tiny_model)
+    with ablate(tiny_model, layout, first), ablate(tiny_model, layout, second):
+        assert torch.equal(logits(tiny_model), both)
+    assert_restored(tiny_model, before)
+
+
+def test_no_units_change_nothing(tiny_model):
+    layout = UnitLayout.of(tiny_model)
+    whole = logits(tiny_model)
+    for mode in ("zero", "mean"):
+        with ablate(tiny_model, layout, layout.none(), mode, means(layout)):
+            assert torch.equal(logits(tiny_model), whole)
+
+
+def test_mean_ablation_needs_means(tiny_model):
+    layout = UnitLayout.of(tiny_model)
+    with (
+        pytest.raises(ValueError, match="needs the activation means"),
+        ablate(tiny_model, layout, some_units(layout), "mean"),
+    ):
+        pytest.fail("the block must not be entered")
+
+
+def test_a_head_with_biases_is_really_silent(families):
+    """Qwen2 has biases on q, k and v: without its rows alone, a head would still speak."""
+    model = families("qwen2")
+    layout = UnitLayout.of(model, "head")
+    block = layout["layers.0.attn"]
+    chosen = {b.name: torch.zeros(b.units, dtype=torch.bool) for b in layout.blocks}
+    chosen["layers.0.attn"][:2] = True  # both heads of a KV group, so that its rows are theirs
+    mask = UnitMask(chosen)
+
+    def speech(model) -> torch.Tensor:
+        """What the two heads add to the residual stream."""
+        linear, added = model.get_submodule(block.output), []
+        columns = block.channels[:2].flatten()
+
+        def keep(module, args):
+            added.append(args[0][..., columns] @ linear.weight[:, columns].T)
+
+        handle = linear.register_forward_pre_hook(keep)
+        logits(model)
+        handle.remove()
+        return added[0]
+
+    without_rows = copy.deepcopy(model)
+    with torch.no_grad():
+        for cut in block.slices:
+            if cut.parameter.endswith("_proj.weight") and cut.dim == 0:
+                rows = cut.selected(mask["layers.0.attn"], "all")
+                without_rows.get_parameter(cut.parameter)[rows] = 0
+    assert speech(without_rows).abs().max() > 0.01
+    with ablate(model, layout, mask):
+        silent = logits(model)
+        assert speech(model).abs().max() == 0
+        # Whatever the heads now compute from, biases included, changes nothing.
+        with torch.no_grad():
+            for cut in block.slices:
+                if cut.dim == 0:
+                    rows = cut.selected(mask["layers.0.attn"], "all")
+                    model.get_parameter(cut.parameter)[rows] += 3
+        assert torch.equal(logits(model), silent)
+    assert not torch.allclose(logits(model), silent, atol=1e-2)
