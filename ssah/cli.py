@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import logging
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from .config import GROUPS, check_keys, suggestion, sweep_points
 from .errors import SsahError
 from .paths import home, project_root, results_root
+from .progress import show_progress
 
 COMMANDS = {
     "reproduce": "execute every notebook, then print the claims table",
@@ -80,7 +79,7 @@ def _dispatch(arguments: list[str]) -> int:
     profiles = [o.split("=", 1)[1] for o in overrides if o.startswith("profile=")]
     profile = profiles[-1] if profiles else "laptop"
     overrides = [o for o in overrides if not o.startswith("profile=")]
-    _show_progress()
+    show_progress()
     command = words[0]
     if command not in COMMANDS:
         return _artefacts(words, profile, overrides, sweep=bool({"-m", "--multirun"} & set(flags)))
@@ -106,21 +105,6 @@ def _dispatch(arguments: list[str]) -> int:
         shutil.rmtree(home(), ignore_errors=True)
         print(f"Deleted {home()}.")
     return 0
-
-
-def _show_progress() -> None:
-    """Stages as they start, with the seconds since the command began."""
-    begin = time.monotonic()
-
-    class Clock(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return f"[{time.monotonic() - begin:6.0f} s] {record.getMessage()}"
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(Clock())
-    logger = logging.getLogger("ssah")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
 
 
 def _artefacts(names: list[str], profile: str, overrides: list[str], *, sweep: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def execute(
             kernel_name="python3",
             cwd=str(source.parent),
             progress_bar=False,
-            log_output=True,
+            stderr_file=sys.stderr,
             execution_timeout=12 * 3600,
         )
     except BaseException as error:
@@ -73,4 +74,19 @@ def execute(
             raise
         raise SsahError(f"{name} failed: {reason} (see {failed})") from error
     failed.unlink(missing_ok=True)
+    _tidy(partial)
     return partial.replace(folder / f"{name}.ipynb")
+
+
+def _tidy(path: Path) -> None:
+    """Drop what belongs to the execution only: progress lines, folders and times."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    nbformat.write(notebook, path)

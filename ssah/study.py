@@ -12,6 +12,7 @@ import torch
 
 from .config import Config, compose
 from .paths import home, results_root
+from .progress import in_notebook, show_progress
 from .runtime import commit
 from .stages import Stages
 from .store import Store, digest
@@ -32,6 +33,8 @@ class Study:
         only: Sequence[str] = (),
         results: Path | None = None,
     ):
+        if in_notebook():
+            show_progress()
         self.overrides = [o for o in overrides if not o.startswith("runtime.")]
         self.config: Config = compose(profile, list(overrides))
         self.only = tuple(only)

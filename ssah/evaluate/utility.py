@@ -95,7 +95,7 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch_size: int,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 16,
 ) -> list[bool]:
     """Per arithmetic item: is the last number of a greedy answer the right one?"""
     texts = [question_text(row) for row in rows]
@@ -108,7 +108,7 @@ def text_losses(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch_size: int,
-    max_tokens: int = 64,
+    max_tokens: int = 48,
 ) -> tuple[list[int], list[float]]:
     """Token counts and summed losses of held-out answers given their prompts."""
     pairs = [
