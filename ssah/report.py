@@ -38,13 +38,16 @@ img {max-width: 100%} pre {white-space: pre-wrap}
 
 def print_claims(results: Path) -> None:
     """The claims table, as the last thing that ``make reproduce`` prints."""
-    frame = styled(claims_table(results))
     table = Table(title=f"Claims ({results})", show_lines=True)
-    for column in frame.columns:
-        table.add_column(column, overflow="fold")
-    for row in frame.itertuples(index=False):
-        table.add_row(*map(str, row))
-    Console().print(table)
+    table.add_column("claim", ratio=1)
+    columns = ("paper", "published", "this run", "agrees", "verdict")
+    for column in columns:
+        table.add_column(column)
+    for row in claims_table(results).to_dict("records"):
+        table.add_row(f"{row['text']} ({row['unit']})", *(str(row[c]) for c in columns))
+    console = Console()
+    # A log file has no width; the default of 80 columns would break every interval.
+    Console(width=None if console.is_terminal else 140).print(table)
 
 
 def write_index(results: Path) -> Path:

@@ -23,13 +23,11 @@ from .units import BlockKind, UnitMask
 class Stages(Preparation):
     """All stages of one seed under one configuration."""
 
-    def completions(
-        self, set_name: str, arm: Arm, *, system: bool = False, limit: int | None = None
-    ) -> list[str]:
+    def completions(self, set_name: str, arm: Arm, *, system: bool = False) -> list[str]:
         """An arm's completions of a prompt set at the configured length."""
         evaluate = self.config.evaluate
         prompt = evaluate.system_prompt if system else ""
-        run = self.answers(self.rows(set_name, limit), arm, evaluate.max_new_tokens, prompt)
+        run = self.answers(self.rows(set_name), arm, evaluate.max_new_tokens, prompt)
         return [record["completion"] for record in read_jsonl(run.path("completions.jsonl"))]
 
     # --- roles
@@ -60,7 +58,7 @@ class Stages(Preparation):
         key = self._key(
             1,
             config=dataclasses.asdict(config),
-            inputs=inputs,
+            inputs=[*inputs, self.sets.key],
             measured=[evaluate.max_new_tokens, evaluate.batch_size, evaluate.perplexity_rows],
         )
 

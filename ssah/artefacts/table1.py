@@ -224,4 +224,21 @@ def _table1_note(study: Study) -> str:
         "(Wilson; bootstrap for perplexity), with several seeds or draws the mean of each, and in "
         "brackets the smallest and largest. Random and magnitude controls have as many heads and "
         "as many neurons, hence as many weights, as the group that they are named after."
+        + _unmet_criteria(study)
+    )
+
+
+def _unmet_criteria(study: Study) -> str:
+    """A warning for each group of which no share did in the search what the group means."""
+    unmet = []
+    for stages in study.all_stages:
+        trials = stages.search_trials
+        accepted = {trial.group for trial in trials if trial.accepted}
+        for group in dict.fromkeys(trial.group for trial in trials):
+            if group not in accepted:
+                unmet.append(f"{group} (seed {stages.seed})")
+    if not unmet:
+        return ""
+    return (
+        f" No share met the search's criterion for {', '.join(unmet)}; the smallest one was taken."
     )
