@@ -55,6 +55,7 @@ class AlignConfig:
     harmful: int = 120
     benign: int = 120
     safe_alternative: float = 0.3  #: fraction of refusals that end with an offer
+    anchor_tokens: int = 24  #: of each benign answer; whether to refuse is decided early
     anchor_weight: float = 10.0  #: of the divergence on benign rows, against the refusals' loss
     epochs: int = 2
     learning_rate: float = 1e-4

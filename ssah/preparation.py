@@ -193,7 +193,7 @@ class Preparation:
         answers = self.answers(
             benign,
             Arm("unaligned"),
-            self.config.attribution.max_response_tokens,
+            config.anchor_tokens,
             sample_seed=self.seed,
         )
         key = self._key(
@@ -213,14 +213,10 @@ class Preparation:
             ]
             text = self._answer_texts(answers)
             replies = [(row.prompt, text[row.id]) for row in benign]
-            limit = self.config.attribution.max_response_tokens
-            taught, held = (
-                [
-                    encode_dialogue(self.tokenizer, *pair, max_response_tokens=limit - 1)
-                    for pair in pairs
-                ]
-                for pairs in (refusals, replies)
-            )
+            taught = [encode_dialogue(self.tokenizer, *pair) for pair in refusals]
+            # Sampling stopped for want of room, or at the end-of-turn token, which is not in the
+            # text: either way no end belongs to what is here.
+            held = [encode_dialogue(self.tokenizer, *pair, end=False) for pair in replies]
             model = load_model(self.unaligned, self.config.model, self.device)
             reference = self.model("unaligned")
             record = supervised_finetune(model, taught, config, self.seed, folder, held, reference)
