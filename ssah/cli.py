@@ -102,8 +102,8 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(report(profile, overrides))
     else:
-        shutil.rmtree(home(), ignore_errors=True)
-        print(f"Deleted {home()}.")
+        shutil.rmtree(home() / "runs", ignore_errors=True)
+        print(f"Deleted {home() / 'runs'}.")
     return 0
 
 
@@ -117,6 +117,7 @@ def _artefacts(names: list[str], profile: str, overrides: list[str], *, sweep: b
             raise SsahError(f"Unknown artefact or command '{name}'{suggestion(name, valid)}")
 
     def run(overrides: list[str]) -> None:
+        _prepare(profile, overrides)
         study = Study(profile, overrides)
         for name in names:
             print(f"{name}: {find(name).title}. {_duration(name, study)}", file=sys.stderr)
@@ -156,7 +157,8 @@ def _prepare(profile: str, overrides: list[str]) -> None:
     from .study import Study
 
     stages = Study(profile, overrides).all_stages[0]
-    _ = stages.sets, stages.unaligned, stages.device
+    stages.check_model()
+    _ = stages.sets
 
 
 def _reproduce(profile: str, overrides: list[str], *, publish: bool) -> None:
@@ -164,6 +166,8 @@ def _reproduce(profile: str, overrides: list[str], *, publish: bool) -> None:
     from .notebooks import available, execute
 
     if publish:
+        if profile == "smoke":
+            raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
         overrides = [*overrides, "n_seeds=3"]
     _prepare(profile, overrides)
     _plan(profile, overrides)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .ablation import ablate
 from .attribution import ActivationStatistics, VarianceOver, collect_statistics, unit_scores
@@ -34,12 +34,13 @@ from .models import (
     load_model,
     load_tokenizer,
     locate,
+    quiet,
     render_prompt,
 )
 from .runtime import pick_device
 from .sources import build_sets
 from .store import Run, Store
-from .units import UnitKind, UnitLayout, UnitMask
+from .units import UnitKind, UnitLayout, UnitMask, require_supported
 
 Which = Literal["unaligned", "aligned"]
 
@@ -84,6 +85,13 @@ class Preparation:
     @functools.cached_property
     def unaligned(self) -> Checkpoint:
         return locate(self.store, self.config.model)
+
+    def check_model(self) -> None:
+        """Raise before any work where the architecture has no unit layout."""
+        checkpoint = self.unaligned
+        with quiet():
+            config = AutoConfig.from_pretrained(checkpoint.path, revision=checkpoint.revision)
+        require_supported(config.get_text_config().model_type)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

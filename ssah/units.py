@@ -44,6 +44,15 @@ SUPPORTED_MODEL_TYPES = (
 )
 
 
+def require_supported(model_type: str) -> None:
+    """Raise :class:`UnsupportedModelError` for an architecture without a unit layout here."""
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"Model type '{model_type}' has no unit layout; supported are "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+
+
 @dataclass(frozen=True)
 class Slices:
     """Rows (``dim=0``) or columns (``dim=1``) of one parameter, by unit.
@@ -114,11 +123,7 @@ class UnitLayout:
         mixture of experts, say) is not one of :data:`SUPPORTED_MODEL_TYPES`.
         """
         config = model.config.get_text_config()
-        if config.model_type not in SUPPORTED_MODEL_TYPES:
-            raise UnsupportedModelError(
-                f"Model type '{config.model_type}' has no unit layout; supported are "
-                f"{', '.join(SUPPORTED_MODEL_TYPES)}."
-            )
+        require_supported(config.model_type)
         blocks = []
         for path, module in model.named_modules():
             found = re.search(r"layers\.(\d+)\.(self_attn\.o_proj|mlp\.down_proj)$", path)
