@@ -47,7 +47,8 @@ def _measure_seed(stages: Stages, output: Output) -> None:
     seed, config = stages.seed, stages.config.evaluate
     whole = _measure(stages, output, "dense", Arm())
     _measure_tasks(stages, output, "dense", Arm())
-    _measure(stages, output, "unaligned", Arm("unaligned"))
+    if stages.config.align.enabled:
+        _measure(stages, output, "unaligned", Arm("unaligned"))
     _over_refusal(stages, output)
     for group in CLAIMED:
         mask = stages.roles.mask(group)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from helpers import CommandLine, built, copy_project, finish
+from transformers import MixtralConfig
 
 from ssah import cli
 from ssah.artefacts import ARTEFACTS
@@ -94,10 +95,26 @@ def test_bugs_are_not_hidden(monkeypatch, error):
 def test_clean_cache_deletes_the_cache_and_nothing_else(tmp_path, monkeypatch, capsys):
     home = tmp_path / "home"
     (home / "runs" / "x").mkdir(parents=True)
+    (home / "mine").touch()
     monkeypatch.setenv("SSAH_HOME", str(home))
     assert cli.main(["clean-cache"]) == 0
-    assert not home.exists()
-    assert tmp_path.exists()
+    assert [p.name for p in home.iterdir()] == ["mine"]
+
+
+def test_an_unsupported_model_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "moe"
+    MixtralConfig().save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    monkeypatch.setenv("SSAH_HOME", str(tmp_path / "home"))
+    source = f"model.source={folder}"
+    assert cli.main(["table1", "profile=smoke", "model=local", source, "align=none"]) == 1
+    assert "Model type 'mixtral' has no unit layout" in capsys.readouterr().err
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_smoke_profile_cannot_be_published(capsys):
+    assert cli.main(["publish", "profile=smoke"]) == 1
+    assert "mean nothing" in capsys.readouterr().err
 
 
 # --- in processes of their own ---------------------------------------------------------------
