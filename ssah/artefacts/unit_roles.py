@@ -37,8 +37,9 @@ def fig_share_sweep(study: Study) -> Output:
     output = Output(
         note="Solid: the group's top units by its own ranking. Dashed: random units, as many heads "
         "and neurons as ESU of that share. Shaded: smallest to largest over seeds (and draws). "
-        "Vertical lines: the shares that the ablation search kept (dotted). Prompts: the search "
-        "part, which no table reports on."
+        "Dotted verticals: the shares that the ablation search kept, one for each seed. An "
+        "incoherent answer is no success, so ASR may fall again where more units are removed. "
+        "Prompts: the search part, which no table reports on."
     )
     for stages in study.all_stages:
         for share in study.config.evaluate.sweep_shares:
@@ -100,7 +101,7 @@ def _draw_sweep(frame: pd.DataFrame, study: Study) -> Figure:
             axes.set_xlabel("units removed, % of all")
         asr.set(ylabel="attack success rate, %", ylim=(-3, 103), title="Safety")
         perplexity.set(ylabel="perplexity / whole model's", yscale="log", title="Utility")
-        asr.legend()
+        perplexity.legend(loc="upper left")
     return figure
 
 
