@@ -213,3 +213,13 @@ def test_a_failure_leaves_the_last_good_copy(project):
         execute("tiny", results, "smoke")
     assert (results / "notebooks" / "tiny.ipynb").read_text() == "good"
     assert names(results) == {"tiny.ipynb", "tiny.failed.ipynb"}
+
+
+def test_an_executed_copy_holds_results_and_no_traces_of_the_run(project):
+    """Progress lines, folders and times would make two equal runs differ."""
+    code = "import sys; print('a result'); print('[  3 s] a stage', file=sys.stderr)"
+    write_notebook(project, "tiny", code)
+    text = execute("tiny", project / "results", "smoke").read_text()
+    assert "a result" in text
+    for trace in ("a stage", "papermill", "iopub", str(project)):
+        assert trace not in text
