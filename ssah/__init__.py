@@ -1,1 +1,36 @@
-"""Runnable companion of *Superficial Safety Alignment Hypothesis* (Li & Kim, ICLR 2026)."""
+"""Runnable companion of *Superficial Safety Alignment Hypothesis* (Li & Kim, ICLR 2026).
+
+Fine-tune a chat model while the units that carry its refusals keep their bits::
+
+    mask = ssah.find_units(model, tokenizer, safety, utility).select("ESU", "CU:6%")
+    with ssah.freeze_units(model, mask):
+        Trainer(model, ...).train()
+    model.save_pretrained(out)
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "Roles": "roles",
+    "Shares": "roles",
+    "UnitLayout": "units",
+    "UnitMask": "units",
+    "ablate": "ablation",
+    "find_units": "find",
+    "freeze_units": "slicing",
+    "train_only": "slicing",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``import ssah`` alone stays quick."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ssah' has no attribute '{name}'")
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

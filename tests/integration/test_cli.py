@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import CommandLine, built, copy_project, finish
 from transformers import MixtralConfig
 
+from helpers import CommandLine, built, copy_project, finish
 from ssah import cli
 from ssah.artefacts import ARTEFACTS
 from ssah.claims import CLAIMS

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import CommandLine, built, copy_project
 
+from helpers import CommandLine, built, copy_project
 from ssah.assets import ASSETS, fetch
 from ssah.config import compose
 from ssah.models import load_model, locate

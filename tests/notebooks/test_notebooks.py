@@ -9,8 +9,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import copy_project, environment
 
+from helpers import copy_project, environment
 from ssah import notebooks
 from ssah.artefacts import ARTEFACTS
 from ssah.errors import SsahError

@@ -11,8 +11,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from helpers import make_wheel
 
+from helpers import make_wheel
 from ssah import assets
 from ssah.assets import ASSETS, Asset, fetch, inventory
 from ssah.errors import SsahError
