@@ -16,12 +16,19 @@ class _Clock(logging.Formatter):
         return f"[{time.monotonic() - self._begin:6.0f} s] {record.getMessage()}"
 
 
+class _CurrentStderr(logging.Handler):
+    """Writes to what ``sys.stderr`` is now: notebooks and tests replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def show_progress() -> None:
     """Print the package's messages on stderr; calling it again changes nothing."""
     logger = logging.getLogger("ssah")
     if logger.handlers:
         return
-    handler = logging.StreamHandler()
+    handler = _CurrentStderr()
     handler.setFormatter(_Clock())
     logger.addHandler(handler)
     logger.propagate = False

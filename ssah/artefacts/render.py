@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     from . import Artefact, Output
 
 STYLE = str(Path(__file__).with_name("style.mplstyle"))
+
+
+class ShownFigure(Figure):
+    """A figure that notebooks display by itself, without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
 
 #: Okabe-Ito colours: told apart by colour-blind readers; markers and line styles differ as well.
 COLOURS = {

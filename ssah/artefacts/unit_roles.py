@@ -17,7 +17,7 @@ from ..evaluate.stats import (
 from ..roles import GROUPS, Shares
 from ..units import UnitMask
 from . import Output
-from .render import COLOURS, STYLE
+from .render import COLOURS, STYLE, ShownFigure
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -75,7 +75,7 @@ def _draw_sweep(frame: pd.DataFrame, study: Study) -> Figure:
     frame[["group", "share"]] = frame["arm"].str.split(" ", expand=True)
     frame["share"] = frame["share"].str.rstrip("%").astype(float)
     with plt.style.context(STYLE):
-        figure = Figure(figsize=(8, 3.4))
+        figure = ShownFigure(figsize=(8, 3.4))
         asr, perplexity = figure.subplots(1, 2)
         for axes, metric in ((asr, "asr"), (perplexity, "perplexity_ratio")):
             for marker, group in zip("osD^", ("ESU", "EUU", "RU", "random"), strict=True):
@@ -130,7 +130,7 @@ def fig_roles_map(study: Study) -> Output:
 def _draw_map(frame: pd.DataFrame) -> Figure:
     titles = {"attn": "Attention heads", "mlp": "MLP neurons"}
     with plt.style.context(STYLE):
-        figure = Figure(figsize=(8, 3.6))
+        figure = ShownFigure(figsize=(8, 3.6))
         panels = figure.subplots(2, 1, sharex=True)
         for axes, module in zip(panels, ("attn", "mlp"), strict=True):
             part = frame[frame["module"] == module]

@@ -217,9 +217,16 @@ def test_a_failure_leaves_the_last_good_copy(project):
 
 def test_an_executed_copy_holds_results_and_no_traces_of_the_run(project):
     """Progress lines, folders and times would make two equal runs differ."""
-    code = "import sys; print('a result'); print('[  3 s] a stage', file=sys.stderr)"
+    code = "import sys; print('a result'); print('a', 'stage', file=sys.stderr)"
     write_notebook(project, "tiny", code)
     text = execute("tiny", project / "results", "smoke").read_text()
     assert "a result" in text
     for trace in ("a stage", "papermill", "iopub", str(project)):
         assert trace not in text
+
+
+def test_figures_are_shown_as_images(project):
+    code = "from ssah.artefacts.render import ShownFigure\nShownFigure(figsize=(1, 1))"
+    write_notebook(project, "tiny", code)
+    notebook = nbformat.read(execute("tiny", project / "results", "smoke"), as_version=4)
+    assert "image/png" in notebook.cells[-1].outputs[0].data
