@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from .config import Config, compose
@@ -35,6 +36,7 @@ class Study:
     ):
         if in_notebook():
             show_progress()
+            pd.set_option("display.max_colwidth", None)  # claims are sentences
         self.overrides = [o for o in overrides if not o.startswith("runtime.")]
         self.config: Config = compose(profile, list(overrides))
         self.only = tuple(only)
