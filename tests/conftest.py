@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -73,3 +74,13 @@ def families() -> Callable[..., PreTrainedModel]:
 def tiny_model() -> PreTrainedModel:
     """A fresh tiny random Llama: 4 heads, 2 KV heads, 2 layers."""
     return build_family("llama")
+
+
+@pytest.fixture(autouse=True)
+def no_progress_lines_left_on():
+    """The command line turns the package's messages on for its process, here the tests' own."""
+    yield
+    logger = logging.getLogger("ssah")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
