@@ -48,7 +48,21 @@ class DataConfig:
 
 
 @dataclass
-class AlignConfig:
+class TrainingConfig:
+    """What every fine-tuning needs to know. AdamW with betas (0.9, 0.95)."""
+
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    batch_size: int = 24
+    micro_batch_size: int = 12
+    weight_decay: float = 0.0
+    warmup_steps: int = 2
+    max_grad_norm: float = 1.0
+    train_embeddings: bool = False  #: and with them a tied language-model head
+
+
+@dataclass
+class AlignConfig(TrainingConfig):
     """Making the aligned model out of the unaligned one; ``enabled=false``: it is aligned as is."""
 
     enabled: bool = True
@@ -58,13 +72,23 @@ class AlignConfig:
     anchor_tokens: int = 24  #: of each benign answer; whether to refuse is decided early
     anchor_weight: float = 10.0  #: of the divergence on benign rows, against the refusals' loss
     epochs: int = 2
-    learning_rate: float = 1e-4
-    batch_size: int = 24
-    micro_batch_size: int = 12
-    weight_decay: float = 0.0
-    warmup_steps: int = 2
-    max_grad_norm: float = 1.0
-    train_embeddings: bool = False
+
+
+@dataclass
+class FinetuneConfig(TrainingConfig):
+    """Harmless fine-tuning of the aligned model, with some units frozen or none.
+
+    The rate is constant after the warm-up, so that the model after one epoch of a longer run is
+    the model of a run of one epoch. ``epochs`` is the length of the longest run.
+    """
+
+    epochs: int = 2
+    rows: dict[str, int] = field(default_factory=dict)  #: attack -> rows to train on
+    heldout_rows: int = 32  #: of the attack's set, never trained on
+    max_response_tokens: int = 24
+    cu_percents: list[float] = field(default_factory=list)  #: ratio sweep, beside ESU
+    random_draws: int = 1
+    conditions: bool = False  #: also the arms of fig_conditions
 
 
 @dataclass
@@ -137,6 +161,7 @@ class Config:
     align: AlignConfig = field(default_factory=AlignConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -144,7 +169,11 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 PROFILES = ("laptop", "smoke", "paper")
-GROUPS = ("profile", "model", "data", "align", "attribution", "roles", "evaluate", "runtime")
+GROUPS = (
+    "profile", "model", "data", "align", "attribution", "roles", "finetune", "evaluate", "runtime",
+)  # fmt: skip
+#: Settings that are dictionaries: keys below them are the user's.
+OPEN_KEYS = ("data.files.", "finetune.rows.")
 
 
 def known_keys() -> list[str]:
@@ -186,7 +215,7 @@ def check_keys(overrides: list[str]) -> None:
         except HydraException as error:
             raise SsahError(f"'{override}' is not of the form key=value.") from error
         key = parsed.key_or_group
-        if key not in known_keys() and not key.startswith(("data.files.", "hydra.", "hydra/")):
+        if key not in known_keys() and not key.startswith((*OPEN_KEYS, "hydra.", "hydra/")):
             raise SsahError(f"Unknown override '{key}'{suggestion(key, known_keys())}")
 
 

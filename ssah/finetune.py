@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from .config import AlignConfig
+from .config import TrainingConfig
 from .evaluate.utility import label_logits
 from .models import pad, quiet
 from .runtime import seed_everything
@@ -68,6 +68,7 @@ class TrainingRecord:
     steps: int
     final_loss: float  #: mean training loss (nats per response token) over the last quarter
     trainable_parameters: int
+    epoch_losses: tuple[float, ...]  #: the same, of the last quarter of each epoch
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -86,20 +87,36 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return batch | ({"anchored": anchored} if anchored.any() else {})
 
 
+class _EachEpoch(TrainerCallback):
+    """Calls back with the number of epochs done, before the checkpoint that says so is written."""
+
+    def __init__(self, act: Callable[[int], None]):
+        self.act = act
+
+    def on_epoch_end(self, args, state, control, **rest):
+        self.act(round(state.epoch))
+
+
 def supervised_finetune(
     model: PreTrainedModel,
     dialogues: Sequence[tuple[list[int], list[int]]],
-    config: AlignConfig,
+    config: TrainingConfig,
     seed: int,
     folder: Path,
     anchors: Sequence[tuple[list[int], list[int]]] = (),
     reference: PreTrainedModel | None = None,
+    *,
+    anchor_weight: float = 1.0,
+    constant_rate: bool = False,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> TrainingRecord:
     """Fine-tune in place on (prompt ids, response ids), resuming from a checkpoint in ``folder``.
 
-    On ``anchors`` the model is held to the distribution of ``reference`` instead. A checkpoint is
-    written after each epoch and removed at the end. Embeddings (and a tied language-model head)
-    train only with ``config.train_embeddings``.
+    On ``anchors`` the model is held to the distribution of ``reference`` instead. The rate falls
+    linearly unless it is constant. A checkpoint is written after each epoch, after a call of
+    ``on_epoch(epochs done)``, and removed at the end. Embeddings (and a tied language-model head)
+    train only with ``config.train_embeddings``. Units stay frozen inside
+    :func:`ssah.slicing.freeze_units`.
     """
     seed_everything(seed)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -115,7 +132,7 @@ def supervised_finetune(
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=max(config.batch_size // config.micro_batch_size, 1),
         learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="constant_with_warmup" if constant_rate else "linear",
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
@@ -128,32 +145,39 @@ def supervised_finetune(
         dataloader_pin_memory=False,
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=model.device.type == "cpu",
+        use_cache=True,  # it is the saved model's setting; the loss asks for no cache by itself
     )
     trainer = ResponseTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
+        callbacks=[_EachEpoch(on_epoch)] if on_epoch else [],
     )
-    trainer.reference, trainer.anchor_weight = reference, config.anchor_weight
+    trainer.reference, trainer.anchor_weight = reference, anchor_weight
     if not sys.stderr.isatty():
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
-    model.config.use_cache = False
     with quiet():
         last = get_last_checkpoint(str(work)) if work.exists() else None
         trainer.train(resume_from_checkpoint=last)
-    model.config.use_cache = True
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     shutil.rmtree(work, ignore_errors=True)
     model.eval()
-    tail = losses[-max(len(losses) // 4, 1) :]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    steps = len(losses) // config.epochs
+    by_epoch = [losses[start : start + steps] for start in range(0, len(losses), steps)]
     return TrainingRecord(
         trainer.state.global_step,
-        sum(tail) / len(tail),
+        _last_quarter(losses),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tuple(map(_last_quarter, by_epoch)),
     )
+
+
+def _last_quarter(losses: Sequence[float]) -> float:
+    tail = losses[-max(len(losses) // 4, 1) :]
+    return sum(tail) / len(tail)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

@@ -152,14 +152,15 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the library's progress bars and load reports."""
-    level = hf_logging.get_verbosity()
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
-        hf_logging.enable_progress_bar()
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 # --- text to tokens --------------------------------------------------------------------------

@@ -13,95 +13,51 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from .ablation import ablate
+from .arms import Arm, Tuning, Which
 from .attribution import ActivationStatistics, VarianceOver, collect_statistics, unit_scores
 from .config import Config
-from .data import Row, compose_refusal, read_jsonl, read_set, write_jsonl
-from .errors import SsahError
+from .data import Row, compose_refusal, read_jsonl, write_jsonl
 from .evaluate.generate import complete
 from .finetune import save_model, supervised_finetune
+from .inputs import Inputs
 from .models import (
     Checkpoint,
     dialogue_batches,
     encode_dialogue,
     load_model,
-    load_tokenizer,
-    locate,
-    quiet,
     render_prompt,
 )
-from .runtime import pick_device
-from .sources import build_sets
 from .store import Run, Store
-from .units import UnitKind, UnitLayout, UnitMask, require_supported
+from .units import UnitKind, UnitLayout
 
-Which = Literal["unaligned", "aligned"]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A model as it is evaluated: whole, or with some units ablated."""
-
-    which: Which = "aligned"
-    mask: UnitMask | None = None
-    mode: Literal["zero", "mean"] = "zero"
+Purpose = Literal["safety", "utility"]
 
 
-class Preparation:
-    """Sets, models, answers, alignment and attribution scores of one seed."""
+class Preparation(Inputs):
+    """Models, answers, alignment and attribution scores of one seed."""
 
     def __init__(self, config: Config, store: Store, seed: int):
-        self.config, self.store, self.seed = config, store, seed
-        self.device = pick_device(config.runtime.device)
+        super().__init__(config, store, seed)
         self._models: dict[str, PreTrainedModel] = {}
 
-    # --- inputs ------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def sets(self) -> Run:
-        return build_sets(self.store, self.config.data)
-
-    def rows(self, name: str, limit: int | None = None) -> list[Row]:
-        """The rows of a set; asking for more than there are is an error."""
-        rows = read_set(self.sets, name)
-        if limit is not None and limit > len(rows):
-            raise SsahError(f"Set '{name}' has {len(rows)} rows but {limit} are asked for.")
-        return rows[:limit]
-
-    def sample(self, name: str, count: int) -> list[Row]:
-        """A seeded sample without replacement: what varies between seeds."""
-        rows = self.rows(name)
-        if count > len(rows):
-            raise SsahError(f"Set '{name}' has {len(rows)} rows but {count} are asked for.")
-        return random.Random(f"{name}/{self.seed}").sample(rows, count)
-
-    @functools.cached_property
-    def unaligned(self) -> Checkpoint:
-        return locate(self.store, self.config.model)
-
-    def check_model(self) -> None:
-        """Raise before any work where the architecture has no unit layout."""
-        checkpoint = self.unaligned
-        with quiet():
-            config = AutoConfig.from_pretrained(checkpoint.path, revision=checkpoint.revision)
-        require_supported(config.get_text_config().model_type)
-
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.unaligned, self.config.model)
-
     def checkpoint(self, which: Which) -> Checkpoint:
+        assert not isinstance(which, Tuning), "FineTuning knows them"
         if which == "unaligned" or not self.config.align.enabled:
             return self.unaligned
         run = self.align()
         return Checkpoint(str(run.folder), run.key)
+
+    def identity(self, which: Which) -> str:
+        """What tells this model from others in a key."""
+        return self.checkpoint(which).identity
 
     def model(self, which: Which) -> PreTrainedModel:
         """The model in memory, loaded at most once; ablations leave it as it was."""
@@ -117,16 +73,6 @@ class Preparation:
     @functools.cached_property
     def layout(self) -> UnitLayout:
         return self.layout_of(self.model("aligned"))
-
-    def _key(self, version: int, **parts: Any) -> dict[str, Any]:
-        model = self.config.model
-        return {
-            "version": version,
-            "dtype": model.dtype,
-            "attention": model.attn_implementation,
-            "template": model.chat_template,
-            **parts,
-        }
 
     # --- completions -------------------------------------------------------------------------
 
@@ -178,13 +124,13 @@ class Preparation:
             yield model
 
     def _arm_key(self, arm: Arm) -> dict[str, Any]:
-        key: dict[str, Any] = {"model": self.checkpoint(arm.which).identity}
+        key: dict[str, Any] = {"model": self.identity(arm.which)}
         if arm.mask is not None:
             bits = self.layout.flatten(arm.mask).numpy().tobytes()
             key |= {"units": hashlib.sha256(bits).hexdigest(), "mode": arm.mode}
             key["unit_kind"] = self.layout.unit_kind
             if arm.mode == "mean":
-                key["mean"] = self._statistics_run("utility").key
+                key["mean"] = self.statistics_run("utility").key
         return key
 
     # --- alignment ---------------------------------------------------------------------------
@@ -219,7 +165,7 @@ class Preparation:
                 (row.prompt, compose_refusal(row.category, rng, config.safe_alternative))
                 for row in harmful
             ]
-            text = self._answer_texts(answers)
+            text = self.answer_texts(answers)
             replies = [(row.prompt, text[row.id]) for row in benign]
             taught = [encode_dialogue(self.tokenizer, *pair) for pair in refusals]
             # Sampling stopped for want of room, or at the end-of-turn token, which is not in the
@@ -227,29 +173,44 @@ class Preparation:
             held = [encode_dialogue(self.tokenizer, *pair, end=False) for pair in replies]
             model = load_model(self.unaligned, self.config.model, self.device)
             reference = self.model("unaligned")
-            record = supervised_finetune(model, taught, config, self.seed, folder, held, reference)
+            record = supervised_finetune(
+                model,
+                taught,
+                config,
+                self.seed,
+                folder,
+                held,
+                reference,
+                anchor_weight=config.anchor_weight,
+            )
             save_model(model, folder)
             (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
 
         return self.store.get("align", self.config.model.name, key, build, resumable=True)
 
     @staticmethod
-    def _answer_texts(run: Run) -> dict[str, str]:
+    def answer_texts(run: Run) -> dict[str, str]:
         return {r["id"]: r["completion"] for r in read_jsonl(run.path("completions.jsonl"))}
 
     # --- attribution and roles ---------------------------------------------------------------
 
-    def _statistics_run(self, purpose: Literal["safety", "utility"]) -> Run:
-        """Activation statistics of the aligned model on its own answers to a sampled set."""
+    def statistics_run(self, purpose: Purpose, which: Which = "aligned", resample: int = 0) -> Run:
+        """Activation statistics of a model on the aligned model's own answers to a sampled set.
+
+        ``resample`` draws another sample of prompts.
+        """
         config = self.config.attribution
         source = {"safety": "harmful_attribution", "utility": "benign_attribution"}[purpose]
-        rows = self.sample(source, config.samples)
+        drawn = f"{source}#{resample}" if resample else source
+        rows = self.draw(drawn, self.rows(source), config.samples)
         # Refusals come from the aligned model, and so do its benign answers: what it says itself.
         answers = self.answers(rows, Arm("aligned"), config.max_response_tokens)
         key = self._key(1, config=dataclasses.asdict(config), answers=answers.key)
+        if which != "aligned":
+            key["model"] = self.identity(which)
 
         def build(folder: Path) -> None:
-            text = self._answer_texts(answers)
+            text = self.answer_texts(answers)
             limit = config.max_response_tokens - 1
             pairs = [
                 encode_dialogue(self.tokenizer, r.prompt, text[r.id], max_response_tokens=limit)
@@ -258,7 +219,7 @@ class Preparation:
             batches = dialogue_batches(
                 pairs, config.batch_size, tokens=config.tokens, drop_first=config.drop_first
             )
-            model = self.model("aligned")
+            model = self.model(which)
             statistics = collect_statistics(
                 model, self.layout, batches, cast(VarianceOver, config.variance_over)
             )
@@ -266,16 +227,29 @@ class Preparation:
 
         return self.store.get(f"statistics_{purpose}", self.config.model.name, key, build)
 
-    def statistics(self, purpose: Literal["safety", "utility"]) -> ActivationStatistics:
-        run = self._statistics_run(purpose)
+    def statistics(self, purpose: Purpose) -> ActivationStatistics:
+        """Those of the aligned model."""
+        run = self.statistics_run(purpose)
         return ActivationStatistics.load(run.path("statistics.safetensors"))
 
     @functools.cached_property
     def scores(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """I_S and I_U by block, ``[units]``."""
-        model = self.model("aligned")
-        safety, utility = self.statistics("safety"), self.statistics("utility")
-        return (
-            unit_scores(model, self.layout, safety),
-            unit_scores(model, self.layout, utility),
-        )
+        """I_S and I_U of the aligned model's units by block, ``[units]``."""
+        return self.scores_of("aligned")
+
+    def scores_of(
+        self, which: Which, resample: int = 0
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """I_S and I_U of any model's units, on the same texts."""
+        runs = [self.statistics_run(p, which, resample) for p in ("safety", "utility")]
+        key = self._key(1, statistics=[run.key for run in runs], model=self.identity(which))
+
+        def build(folder: Path) -> None:
+            for name, run in zip(("safety", "utility"), runs, strict=True):
+                statistics = ActivationStatistics.load(run.path("statistics.safetensors"))
+                scores = unit_scores(self.model(which), self.layout, statistics)
+                save_file(scores, folder / f"{name}.safetensors")
+
+        run = self.store.get("scores", self.config.model.name, key, build)
+        safety, utility = (load_file(run.path(f"{n}.safetensors")) for n in ("safety", "utility"))
+        return safety, utility

@@ -131,6 +131,67 @@ def classify(
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """The scores at which a classification's groups end."""
+
+    ru: float  #: I_U + I_S of the last RU
+    esu: float  #: I_S - I_U of the last ESU
+    euu: float  #: I_S - I_U of the last EUU
+
+    @classmethod
+    def of(cls, roles: Roles, safety: dict[str, Tensor], utility: dict[str, Tensor]) -> Thresholds:
+        """Read off a classification and the scores that it was made from."""
+
+        def scores_in(group: str, sign: int) -> Tensor:
+            mask = roles.mask(group)
+            found = torch.cat([(safety[n] + sign * utility[n])[mask[n]] for n in mask])
+            return found if len(found) else torch.tensor([torch.nan])  # nothing compares to it
+
+        return cls(
+            float(scores_in("RU", 1).max()),
+            float(scores_in("ESU", -1).min()),
+            float(scores_in("EUU", -1).max()),
+        )
+
+
+def classify_by_thresholds(
+    layout: UnitLayout,
+    safety: dict[str, Tensor],
+    utility: dict[str, Tensor],
+    thresholds: Thresholds,
+    redundant_kinds: Sequence[BlockKind] = ("attn", "mlp"),
+) -> Roles:
+    """Assign roles by fixed scores, so that groups may grow and shrink (paper, Figs 5, 11-13).
+
+    RU, then ESU, then EUU claim their units, as in :func:`classify`, which gives the same roles on
+    the scores that the thresholds were read off.
+    """
+    labels, difference = {}, {}
+    for block in layout.blocks:
+        total = safety[block.name] + utility[block.name]
+        difference[block.name] = safety[block.name] - utility[block.name]
+        label = torch.full((block.units,), GROUPS.index("CU"), dtype=torch.int8)
+        label[difference[block.name] <= thresholds.euu] = GROUPS.index("EUU")
+        label[difference[block.name] >= thresholds.esu] = GROUPS.index("ESU")
+        if block.kind in redundant_kinds:
+            label[total <= thresholds.ru] = GROUPS.index("RU")
+        labels[block.name] = label
+    return Roles(labels, difference)
+
+
+def transfer(before: Roles, after: Roles, kind: BlockKind | None = None) -> Tensor:
+    """Number of units that went from one group to another, ``[4, 4]`` in the order of GROUPS.
+
+    Rows are the groups before, columns those after; of one kind of block where it is given.
+    """
+    names = [name for name in before.labels if kind is None or name.endswith(kind)]
+    first = torch.cat([before.labels[name] for name in names]).long()
+    second = torch.cat([after.labels[name] for name in names]).long()
+    size = len(GROUPS)
+    return torch.bincount(first * size + second, minlength=size * size).view(size, size)
+
+
+@dataclass(frozen=True)
 class Effect:
     """What removing some units did: rates in [0, 1], perplexity relative to the whole model."""
 

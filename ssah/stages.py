@@ -5,22 +5,47 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from transformers import PreTrainedModel
+
+from .arms import Arm, Tuning, Which
 from .config import RolesConfig
 from .data import Row, read_jsonl
 from .evaluate.judges import attack_success
 from .evaluate.stats import Estimate, perplexity
-from .evaluate.utility import exact_match, lm_eval_outcomes, multiple_choice, text_losses
-from .preparation import Arm, Preparation
-from .roles import Effect, Roles, Shares, Trial, classify, search_share
+from .evaluate.utility import (
+    continuation_losses,
+    exact_match,
+    lm_eval_outcomes,
+    multiple_choice,
+    text_losses,
+)
+from .roles import (
+    Effect,
+    Roles,
+    Shares,
+    Thresholds,
+    Trial,
+    classify,
+    classify_by_thresholds,
+    search_share,
+)
 from .store import Run
+from .tuning import FineTuning
 from .units import BlockKind, UnitMask
 
 
-class Stages(Preparation):
+def paper_rule(arms: list[Arm]) -> Arm:
+    """One epoch where nothing is frozen, twice as many for the rest (paper, section 4.2)."""
+    which = arms[0].which
+    return arms[0] if isinstance(which, Tuning) and which.frozen is None else arms[-1]
+
+
+class Stages(FineTuning):
     """All stages of one seed under one configuration."""
 
     def completions(self, set_name: str, arm: Arm, *, system: bool = False) -> list[str]:
@@ -29,6 +54,26 @@ class Stages(Preparation):
         prompt = evaluate.system_prompt if system else ""
         run = self.answers(self.rows(set_name), arm, evaluate.max_new_tokens, prompt)
         return [record["completion"] for record in read_jsonl(run.path("completions.jsonl"))]
+
+    # --- fine-tuned models
+
+    def measured(self, tuning: Tuning, *, thorough: bool = False) -> list[Arm]:
+        """Arms by epoch, with everything measured that artefacts ask about them.
+
+        All at once, because the models are dropped then. ``thorough`` adds what takes long, at the
+        epoch of the paper's rule: the first where nothing is frozen, otherwise the last.
+        """
+        with self.tuned(tuning) as arms:
+            for arm in arms:
+                self.completions("harmful_evaluation", arm)
+                self.perplexity(arm)
+                self.heldout_gain(arm, tuning.attack)
+            if thorough:
+                arm = paper_rule(arms)
+                self.completions("harmbench", arm)
+                self.task_outcomes(arm)
+                self.scores_of(arm.which)
+        return arms
 
     # --- roles
 
@@ -53,7 +98,7 @@ class Stages(Preparation):
 
     def _search_run(self) -> Run:
         config = self.config.roles
-        inputs = [self._statistics_run("safety").key, self._statistics_run("utility").key]
+        inputs = [self.statistics_run("safety").key, self.statistics_run("utility").key]
         evaluate = self.config.evaluate
         key = self._key(
             1,
@@ -102,6 +147,15 @@ class Stages(Preparation):
         )
         return Shares(ru, esu, euu), trials_ru + trials_esu + trials_euu
 
+    def roles_after(self, which: Which, rule: Literal["thresholds", "quantiles"]) -> Roles:
+        """Roles in a fine-tuned model, by the aligned model's thresholds or by its shares."""
+        kinds = cast(list[BlockKind], self.config.roles.redundant_kinds)
+        scores = self.scores_of(which)
+        if rule == "quantiles":
+            return classify(self.layout, *scores, self.shares, kinds)
+        thresholds = Thresholds.of(self.roles, *self.scores)
+        return classify_by_thresholds(self.layout, *scores, thresholds, kinds)
+
     def effect(self, mask: UnitMask | None) -> Effect:
         """ASR on the search prompts and perplexity, of the aligned model without these units."""
         arm = Arm("aligned", mask)
@@ -144,6 +198,27 @@ class Stages(Preparation):
         counts, losses = self._text_losses(arm)
         _, whole = self._text_losses(Arm())
         return perplexity(counts, [a - b for a, b in zip(losses, whole, strict=True)])
+
+    def heldout_gain(self, arm: Arm, attack: str) -> Estimate:
+        """Nats per response token by which a fine-tuned model does better on the attack's
+        held-out rows than the aligned model: what the fine-tuning was for.
+        """
+        counts, losses = self._heldout_losses(arm, attack)
+        _, whole = self._heldout_losses(Arm(), attack)
+        ratio = perplexity(counts, [b - a for a, b in zip(losses, whole, strict=True)])
+        return Estimate(math.log(ratio.value), math.log(ratio.low), math.log(ratio.high), ratio.n)
+
+    def _heldout_losses(self, arm: Arm, attack: str) -> tuple[list[int], list[float]]:
+        _, rows = self.attack_rows(attack)
+        pairs = self.encoded(attack, rows)
+        batch = self.config.evaluate.batch_size
+
+        def compute(model: PreTrainedModel) -> tuple[list[int], list[float]]:
+            return [len(r) for _, r in pairs], continuation_losses(model, pairs, batch)
+
+        task = f"heldout_{attack}_{self.config.finetune.max_response_tokens}"
+        counts, losses = self._score(task, arm, rows, compute)
+        return counts, losses
 
     def task_outcomes(self, arm: Arm) -> dict[str, list[bool]]:
         """Right or wrong by item, by task."""

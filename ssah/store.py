@@ -7,6 +7,7 @@ and outputs whose sha256 still match; anything else is built again, and one line
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import logging
@@ -62,7 +63,7 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
         self.touched: dict[str, Run] = {}  # runs used since the caller last cleared this
-        self._intact: dict[str, Run] = {}  # verified once in this process
+        self._intact: dict[tuple[str, bool], Run] = {}  # verified once in this process
         self._built_seconds = 0.0
 
     def place(self, stage: str, label: str, key: Mapping[str, Any]) -> tuple[Path, str]:
@@ -78,35 +79,60 @@ class Store:
         build: Callable[[Path], None],
         *,
         resumable: bool = False,
+        whole: bool = True,
     ) -> Run:
         """The run for ``key``, built by ``build(folder)`` unless it is there and intact.
 
         ``key`` holds the stage's version, config slice, seed and the keys of its inputs. A
         ``resumable`` build finds what an interrupted one left in ``folder``; it must remove what
-        is not an output.
+        is not an output. With ``whole=False`` a run will do whose large outputs were dropped.
         """
         folder, sha = self.place(stage, label, key)
-        if sha in self._intact:
-            return self.touched.setdefault(sha, self._intact[sha])
+        if (sha, whole) in self._intact:
+            return self.touched.setdefault(sha, self._intact[sha, whole])
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
-            fault = self._fault(folder)
+            fault = self._fault(folder, whole)
             if fault:
                 if fault != "missing":
                     print(f"{folder.name}: {fault}; computing it again.", file=sys.stderr)
                 shutil.rmtree(folder, ignore_errors=True)
                 self._build(folder, stage, key, sha, build, resumable)
             record = json.loads((folder / "run.json").read_text())
-        run = self._intact[sha] = self.touched[sha] = Run(folder, sha, record["seconds"])
+        run = self.touched[sha] = Run(folder, sha, record["seconds"])
+        self._intact[sha, False] = run
+        if not record.get("dropped"):
+            self._intact[sha, True] = run
         return run
 
-    def _fault(self, folder: Path) -> str | None:
+    def drop(self, run: Run, pattern: str) -> None:
+        """Delete a run's outputs that match, to make room; the rest stays a run, though not whole.
+
+        They are computed again when somebody asks for the whole run.
+        """
+        with FileLock(run.folder.with_name(run.folder.name + ".lock")):
+            record = run.json("run.json")
+            dropped = fnmatch.filter(record["outputs"], pattern)
+            if not dropped:
+                return
+            record["dropped"] = sorted({*record.get("dropped", ()), *dropped})
+            record["outputs"] = {n: s for n, s in record["outputs"].items() if n not in dropped}
+            partial = run.path(".run.json")
+            partial.write_text(json.dumps(record, indent=1))
+            partial.replace(run.path("run.json"))
+            for name in dropped:
+                run.path(name).unlink(missing_ok=True)
+        self._intact.pop((run.key, True), None)
+
+    def _fault(self, folder: Path, whole: bool) -> str | None:
         """Why the folder is no usable run, or None."""
         if not folder.exists():
             return "missing"
         try:
             record = json.loads((folder / "run.json").read_text())
             _ = record["seconds"]
+            if whole and record.get("dropped"):
+                return f"{record['dropped'][0]} and the like were dropped"
             for name, sha in record["outputs"].items():
                 if file_digest(folder / name) != sha:
                     return f"{name} is not what was written"

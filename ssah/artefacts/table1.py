@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ..arms import Arm
 from ..baselines import magnitude_units, random_units
 from ..evaluate.judges import attack_success, is_coherent, is_refusal, validate
 from ..evaluate.stats import (
@@ -17,7 +18,7 @@ from ..evaluate.stats import (
     proportion,
 )
 from ..paths import reference_csv
-from ..stages import Arm, Stages
+from ..stages import Stages
 from ..units import UnitMask
 from . import Output
 from .render import format_estimate

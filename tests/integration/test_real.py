@@ -14,7 +14,7 @@ from ssah.assets import ASSETS, fetch
 from ssah.config import compose
 from ssah.models import load_model, locate
 from ssah.paths import home
-from ssah.stages import Arm
+from ssah.arms import Arm
 from ssah.store import Store
 from ssah.study import Study
 

@@ -1,0 +1,72 @@
+"""What one seed's computations start from: sets, draws from them, the given model's files."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from .config import Config
+from .data import Row, read_set
+from .errors import SsahError
+from .models import Checkpoint, load_tokenizer, locate, quiet
+from .runtime import pick_device
+from .sources import build_sets
+from .store import Run, Store
+from .units import require_supported
+
+
+class Inputs:
+    """Sets, draws and the model under study, of one seed."""
+
+    def __init__(self, config: Config, store: Store, seed: int):
+        self.config, self.store, self.seed = config, store, seed
+        self.device = pick_device(config.runtime.device)
+
+    @functools.cached_property
+    def sets(self) -> Run:
+        return build_sets(self.store, self.config.data)
+
+    def rows(self, name: str, limit: int | None = None) -> list[Row]:
+        """The rows of a set; asking for more than there are is an error."""
+        rows = read_set(self.sets, name)
+        if limit is not None and limit > len(rows):
+            raise SsahError(f"Set '{name}' has {len(rows)} rows but {limit} are asked for.")
+        return rows[:limit]
+
+    def sample(self, name: str, count: int) -> list[Row]:
+        """A seeded sample without replacement: what varies between seeds."""
+        return self.draw(name, self.rows(name), count)
+
+    def draw(self, purpose: str, rows: list[Row], count: int) -> list[Row]:
+        """The seed's draw of ``count`` of these rows, one for each purpose."""
+        if count > len(rows):
+            raise SsahError(f"Set '{purpose}' has {len(rows)} rows but {count} are asked for.")
+        return random.Random(f"{purpose}/{self.seed}").sample(rows, count)
+
+    @functools.cached_property
+    def unaligned(self) -> Checkpoint:
+        return locate(self.store, self.config.model)
+
+    def check_model(self) -> None:
+        """Raise before any work where the architecture has no unit layout."""
+        checkpoint = self.unaligned
+        with quiet():
+            config = AutoConfig.from_pretrained(checkpoint.path, revision=checkpoint.revision)
+        require_supported(config.get_text_config().model_type)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.unaligned, self.config.model)
+
+    def _key(self, version: int, **parts: Any) -> dict[str, Any]:
+        model = self.config.model
+        return {
+            "version": version,
+            "dtype": model.dtype,
+            "attention": model.attn_implementation,
+            "template": model.chat_template,
+            **parts,
+        }

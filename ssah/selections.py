@@ -1,0 +1,135 @@
+"""Which units are frozen while the aligned model is attacked: the arms of tables and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import torch
+
+from .arms import Tuning
+from .baselines import magnitude_units, matched_by, random_units
+from .roles import Roles, classify
+from .stages import Stages
+from .units import BlockKind, UnitMask
+
+FULL, CU6, ALL = "nothing", "ESU + 6 % CU", "ESU + all CU"
+
+#: The attack that sweeps, controls and conditions are measured with.
+MAIN_ATTACK = "dialogues"
+
+#: Share of all units at the second budget of the conditions: the paper's comparison with frozen
+#: layers (Table 9) freezes ESU and 26.8 % of CU; all heads together hold a quarter of the weights.
+WIDER = 0.25
+
+
+def headline(stages: Stages, attack: str) -> dict[str, Tuning]:
+    """The paper's three arms."""
+    return {
+        FULL: Tuning(attack),
+        CU6: Tuning(attack, stages.roles.select("ESU", "CU:6%")),
+        ALL: Tuning(attack, stages.roles.select("ESU", "CU")),
+    }
+
+
+def ratios(stages: Stages) -> dict[float, Tuning]:
+    """ESU and the top percent of CU (Fig. 8)."""
+    return {
+        percent: Tuning(MAIN_ATTACK, stages.roles.select("ESU", f"CU:{percent}%"))
+        for percent in stages.config.finetune.cu_percents
+    }
+
+
+def random_controls(stages: Stages, like: str, draws: int) -> dict[str, Tuning]:
+    """Draws of as many heads and neurons as a headline arm freezes, by seed and draw."""
+    target = frozen(headline(stages, MAIN_ATTACK)[like])
+    return {
+        f"{stages.seed}.{draw}": Tuning(
+            MAIN_ATTACK, random_units(stages.layout, target, 1000 * stages.seed + draw)
+        )
+        for draw in range(draws)
+    }
+
+
+def frozen(tuning: Tuning) -> UnitMask:
+    assert tuning.frozen is not None
+    return tuning.frozen
+
+
+def ranked_controls(stages: Stages, target: UnitMask) -> dict[str, UnitMask]:
+    """As many heads and neurons as ``target`` by other rules than I_S - I_U from the top."""
+    return {
+        "lowest I_S - I_U": matched_by(stages.layout, target, stages.roles.difference),
+        "largest magnitude": magnitude_units(
+            stages.model("aligned"), stages.layout, target, largest=True
+        ),
+        "moved most by alignment": matched_by(stages.layout, target, _stillness(stages)),
+    }
+
+
+def _stillness(stages: Stages) -> dict[str, torch.Tensor]:
+    """Minus the squared distance that alignment moved a unit's weights, by block ``[units]``.
+
+    All weights of the unit count, rows that a group of heads shares for each of its heads.
+    """
+    before = dict(stages.model("unaligned").named_parameters())
+    after = dict(stages.model("aligned").named_parameters())
+    moved = {}
+    for block in stages.layout.blocks:
+        total = torch.zeros(block.units)
+        for part in block.slices:
+            change = (after[part.parameter] - before[part.parameter]).detach().float().cpu() ** 2
+            if change.ndim > 1:
+                change = change.sum(1 - part.dim)
+            total += change[part.index].sum(1)
+        moved[block.name] = -total
+    return moved
+
+
+def conditions(stages: Stages) -> dict[str, Tuning]:
+    """One epoch each: other rules at two budgets, and other settings (``fig_conditions``)."""
+
+    def one_epoch(mask: UnitMask | None = None, unit_kind: Any = "head", **changes: Any) -> Tuning:
+        return Tuning(MAIN_ATTACK, mask, unit_kind, {"epochs": 1, **changes})
+
+    narrow = stages.roles.select("ESU", "CU:6%")
+    esu = stages.shares.esu
+    wide = stages.roles.select("ESU", f"CU:{100 * (WIDER - esu)}%")
+    arms = {f"{rule}, 7 %": one_epoch(m) for rule, m in ranked_controls(stages, narrow).items()}
+    arms |= {
+        "ESU + CU, 25 %": one_epoch(wide),
+        "random, 25 %": one_epoch(random_units(stages.layout, wide, 1000 * stages.seed)),
+    }
+    arms |= {f"{rule}, 25 %": one_epoch(m) for rule, m in ranked_controls(stages, wide).items()}
+    arms["all heads"] = one_epoch(_all_heads(stages))
+    for name, changes in (
+        ("embeddings trained", {"train_embeddings": True}),
+        ("lower rate", {"learning_rate": stages.config.finetune.learning_rate * 0.4}),
+    ):
+        arms[f"{FULL}, {name}"] = one_epoch(**changes)
+        arms[f"{CU6}, {name}"] = one_epoch(narrow, **changes)
+    rescorings: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("scored on all tokens", {"tokens": "all"}),
+        ("channels as units", {"unit_kind": "channel"}),
+    )
+    for name, changes in rescorings:
+        other = rescored(stages, changes)
+        kind = changes.get("unit_kind", "head")
+        arms[f"{CU6}, {name}"] = one_epoch(other.select("ESU", "CU:6%"), kind)
+    return arms
+
+
+def _all_heads(stages: Stages) -> UnitMask:
+    return UnitMask(
+        {b.name: torch.full((b.units,), b.kind == "attn") for b in stages.layout.blocks}
+    )
+
+
+def rescored(stages: Stages, changes: dict[str, Any]) -> Roles:
+    """Roles from another attribution, at the shares that the search found."""
+    attribution = dataclasses.replace(stages.config.attribution, **changes)
+    other = Stages(
+        dataclasses.replace(stages.config, attribution=attribution), stages.store, stages.seed
+    )
+    kinds = cast(list[BlockKind], stages.config.roles.redundant_kinds)
+    return classify(other.layout, *other.scores, stages.shares, kinds)

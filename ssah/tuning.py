@@ -1,0 +1,165 @@
+"""Harmless fine-tuning of the aligned model, with some units frozen or none: attack and defence.
+
+The fine-tuned models are large and many: they are trained when something about them has to be
+measured, and dropped once it is. What was measured stays, and so does the training's record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .arms import Arm, Tuning, Which
+from .config import FinetuneConfig, TrainingConfig
+from .data import Row
+from .errors import SsahError
+from .finetune import TrainingRecord, save_model, supervised_finetune
+from .models import Checkpoint, encode_dialogue, load_model
+from .preparation import Preparation
+from .slicing import freeze_units
+from .store import Run
+from .units import UnitKind, UnitLayout
+
+#: Attack -> what the paper uses in its place.
+ATTACKS = {"dialogues": "Dolly", "instructions": "Alpaca", "arithmetic": "GSM8K"}
+
+
+class FineTuning(Preparation):
+    """Adds the fine-tuned models to what can be measured."""
+
+    def attack_rows(self, attack: str) -> tuple[list[Row], list[Row]]:
+        """Rows to train on, and held-out rows of the same kind; both with responses."""
+        config = self.config.finetune
+        if attack not in config.rows:
+            known = ", ".join(sorted(config.rows)) or "none"
+            raise SsahError(f"finetune.rows has no number for the attack '{attack}': {known}.")
+        count = config.rows[attack]
+        rows = self._attack_pool(attack)
+        if count + config.heldout_rows > len(rows):
+            raise SsahError(
+                f"finetune.rows.{attack}={count} and finetune.heldout_rows={config.heldout_rows} "
+                f"ask for more than the {len(rows)} rows that there are."
+            )
+        chosen = self.draw(f"attack/{attack}", rows, count + config.heldout_rows)
+        return chosen[:count], chosen[count:]
+
+    def _attack_pool(self, attack: str) -> list[Row]:
+        if attack == "arithmetic":  # the first ones are for measuring utility
+            return self.rows("arithmetic")[self.config.evaluate.arithmetic_items :]
+        if attack == "dialogues":
+            return self.rows("dialogues")
+        rows = self.rows("benign_align") + self.rows("benign_attribution")
+        limit = self.config.finetune.max_response_tokens
+        text = self.answer_texts(self.answers(rows, Arm("unaligned"), limit))
+        return [dataclasses.replace(row, response=text[row.id]) for row in rows]
+
+    def encoded(self, attack: str, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+        """Prompt and response ids; a response that was cut has no end-of-turn token."""
+        limit = self.config.finetune.max_response_tokens
+        # Generated answers stop at the limit without an end, so the last token tells nothing.
+        limit -= attack == "instructions"
+        return [
+            encode_dialogue(self.tokenizer, r.prompt, r.response or "", max_response_tokens=limit)
+            for r in rows
+        ]
+
+    # --- training ----------------------------------------------------------------------------
+
+    def _settings(self, tuning: Tuning) -> FinetuneConfig:
+        return dataclasses.replace(self.config.finetune, **tuning.changes)
+
+    def _tuning_key(self, tuning: Tuning) -> dict[str, Any]:
+        settings = self._settings(tuning)
+        rows, _ = self.attack_rows(tuning.attack)
+        key = self._key(
+            1,
+            seed=self.seed,
+            model=self.identity("aligned"),
+            rows=[[row.prompt, row.response] for row in rows],
+            max_response_tokens=settings.max_response_tokens,
+            config={f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainingConfig)},
+        )
+        if tuning.frozen is not None:
+            bits = b"".join(part.numpy().tobytes() for part in tuning.frozen.values())
+            key["frozen"] = [tuning.unit_kind, hashlib.sha256(bits).hexdigest()]
+        return key
+
+    def _training_run(self, tuning: Tuning, *, whole: bool) -> Run:
+        def build(folder: Path) -> None:
+            settings = self._settings(tuning)
+            rows, _ = self.attack_rows(tuning.attack)
+            model = load_model(self.checkpoint("aligned"), self.config.model, self.device)
+            frozen = (
+                nullcontext()
+                if tuning.frozen is None
+                else freeze_units(model, tuning.frozen, unit_kind=tuning.unit_kind)
+            )
+            with frozen:
+                record = supervised_finetune(
+                    model,
+                    self.encoded(tuning.attack, rows),
+                    settings,
+                    self.seed,
+                    folder,
+                    constant_rate=True,
+                    on_epoch=lambda done: save_model(model, folder / f"epoch-{done}"),
+                )
+            (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
+
+        return self.store.get(
+            "finetune",
+            f"{tuning.attack}-{self.config.model.name}",
+            self._tuning_key(tuning),
+            build,
+            resumable=True,
+            whole=whole,
+        )
+
+    def training(self, tuning: Tuning) -> TrainingRecord:
+        """What the training did, whether or not its models are still there."""
+        return TrainingRecord(**self._training_run(tuning, whole=False).json("training.json"))
+
+    @contextmanager
+    def tuned(self, tuning: Tuning) -> Iterator[list[Arm]]:
+        """Arms to measure, one for each epoch; their models are dropped at the end of the block.
+
+        After an error they stay, so that what was trained is there for the next attempt.
+        """
+        epochs = range(1, self._settings(tuning).epochs + 1)
+        yield [Arm(dataclasses.replace(tuning, epoch=epoch)) for epoch in epochs]
+        self._loaded = None
+        self.store.drop(self._training_run(tuning, whole=False), "epoch-*")
+
+    # --- models ------------------------------------------------------------------------------
+
+    _loaded: tuple[str, PreTrainedModel] | None = None
+
+    def identity(self, which: Which) -> str:
+        """What tells this model from others in a key; nothing is trained to know it."""
+        if not isinstance(which, Tuning):
+            return super().identity(which)
+        _, sha = self.store.place("finetune", "", self._tuning_key(which))
+        return f"{sha}/epoch-{which.epoch}"
+
+    def model(self, which: Which) -> PreTrainedModel:
+        """The model in memory; of the fine-tuned ones only the last."""
+        if not isinstance(which, Tuning):
+            return super().model(which)
+        identity = self.identity(which)
+        if self._loaded is None or self._loaded[0] != identity:
+            self._loaded = None
+            run = self._training_run(which, whole=True)
+            checkpoint = Checkpoint(str(run.folder / f"epoch-{which.epoch}"), identity)
+            self._loaded = identity, load_model(checkpoint, self.config.model, self.device)
+        return self._loaded[1]
+
+    def layout_for(self, unit_kind: UnitKind) -> UnitLayout:
+        """The aligned model's layout with another kind of unit."""
+        return UnitLayout.of(self.model("aligned"), unit_kind)
