@@ -88,7 +88,7 @@ class FinetuneConfig(TrainingConfig):
     max_response_tokens: int = 24
     cu_percents: list[float] = field(default_factory=list)  #: ratio sweep, beside ESU
     random_draws: int = 1
-    conditions: bool = False  #: also the arms of fig_conditions
+    condition_seeds: int = 0  #: for how many of the seeds fig_conditions has all its arms
 
 
 @dataclass

@@ -11,12 +11,10 @@ from .arms import Tuning
 from .baselines import magnitude_units, matched_by, random_units
 from .roles import Roles, classify
 from .stages import Stages
+from .tuning import MAIN_ATTACK
 from .units import BlockKind, UnitMask
 
 FULL, CU6, ALL = "nothing", "ESU + 6 % CU", "ESU + all CU"
-
-#: The attack that sweeps, controls and conditions are measured with.
-MAIN_ATTACK = "dialogues"
 
 #: Share of all units at the second budget of the conditions: the paper's comparison with frozen
 #: layers (Table 9) freezes ESU and 26.8 % of CU; all heads together hold a quarter of the weights.

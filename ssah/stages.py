@@ -35,7 +35,7 @@ from .roles import (
     search_share,
 )
 from .store import Run
-from .tuning import FineTuning
+from .tuning import MAIN_ATTACK, FineTuning
 from .units import BlockKind, UnitMask
 
 
@@ -72,7 +72,8 @@ class Stages(FineTuning):
                 arm = paper_rule(arms)
                 self.completions("harmbench", arm)
                 self.task_outcomes(arm)
-                self.scores_of(arm.which)
+                if tuning.attack == MAIN_ATTACK:
+                    self.scores_of(arm.which)
         return arms
 
     # --- roles
@@ -147,10 +148,12 @@ class Stages(FineTuning):
         )
         return Shares(ru, esu, euu), trials_ru + trials_esu + trials_euu
 
-    def roles_after(self, which: Which, rule: Literal["thresholds", "quantiles"]) -> Roles:
+    def roles_after(
+        self, which: Which, rule: Literal["thresholds", "quantiles"], resample: int = 0
+    ) -> Roles:
         """Roles in a fine-tuned model, by the aligned model's thresholds or by its shares."""
         kinds = cast(list[BlockKind], self.config.roles.redundant_kinds)
-        scores = self.scores_of(which)
+        scores = self.scores_of(which, resample)
         if rule == "quantiles":
             return classify(self.layout, *scores, self.shares, kinds)
         thresholds = Thresholds.of(self.roles, *self.scores)
@@ -199,13 +202,13 @@ class Stages(FineTuning):
         _, whole = self._text_losses(Arm())
         return perplexity(counts, [a - b for a, b in zip(losses, whole, strict=True)])
 
-    def heldout_gain(self, arm: Arm, attack: str) -> Estimate:
+    def heldout_gain(self, arm: Arm, attack: str, base: Arm | None = None) -> Estimate:
         """Nats per response token by which a fine-tuned model does better on the attack's
-        held-out rows than the aligned model: what the fine-tuning was for.
+        held-out rows than ``base``, the aligned model if none: what the fine-tuning was for.
         """
         counts, losses = self._heldout_losses(arm, attack)
-        _, whole = self._heldout_losses(Arm(), attack)
-        ratio = perplexity(counts, [b - a for a, b in zip(losses, whole, strict=True)])
+        _, before = self._heldout_losses(base or Arm(), attack)
+        ratio = perplexity(counts, [b - a for a, b in zip(losses, before, strict=True)])
         return Estimate(math.log(ratio.value), math.log(ratio.low), math.log(ratio.high), ratio.n)
 
     def _heldout_losses(self, arm: Arm, attack: str) -> tuple[list[int], list[float]]:

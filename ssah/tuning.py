@@ -30,6 +30,9 @@ from .units import UnitKind, UnitLayout
 #: Attack -> what the paper uses in its place.
 ATTACKS = {"dialogues": "Dolly", "instructions": "Alpaca", "arithmetic": "GSM8K"}
 
+#: The attack that sweeps, controls, conditions and attribute transfer are measured with.
+MAIN_ATTACK = "dialogues"
+
 
 class FineTuning(Preparation):
     """Adds the fine-tuned models to what can be measured."""

@@ -55,6 +55,17 @@ ARTEFACTS = {
         Artefact("fig_share_sweep", "Ablation sweep", "02_unit_roles", "unit_roles"),
         Artefact("fig_roles_map", "Where the units are", "02_unit_roles", "unit_roles"),
         Artefact("table1", "Ablating groups of units", "02_unit_roles", "table1"),
+        Artefact("fig5", "Flow of units between groups", "03_attribute_transfer", "transfer"),
+        Artefact("fig11", "Attribute transfer, all units", "03_attribute_transfer", "transfer"),
+        Artefact("fig12", "Transfer, heads and neurons", "03_attribute_transfer", "transfer"),
+        Artefact("fig13", "What becomes of the ESU", "03_attribute_transfer", "transfer"),
+        Artefact("table2", "Freezing, dialogues and instructions", "04_freezing", "freezing"),
+        Artefact("table13", "Freezing, arithmetic", "04_freezing", "freezing"),
+        Artefact("table3", "Utility after fine-tuning", "04_freezing", "table3"),
+        Artefact("fig8", "How much to freeze", "04_freezing", "freezing_figures"),
+        Artefact("fig_conditions", "When freezing works", "04_freezing", "freezing_figures"),
+        Artefact("table14", "Freezing in Mistral, instructions", "04_freezing", "freezing"),
+        Artefact("table15", "Freezing in Mistral, arithmetic", "04_freezing", "freezing"),
     )
 }
 

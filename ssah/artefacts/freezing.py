@@ -1,0 +1,260 @@
+"""Notebook 04: does freezing safety units keep a model safe? Tables 2 and 13 to 15."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ..arms import Arm, Tuning
+from ..evaluate.judges import attack_success, is_coherent
+from ..evaluate.stats import (
+    Estimate,
+    paired_difference,
+    paired_p_value,
+    pool,
+    proportion,
+)
+from ..paths import reference_csv
+from ..selections import ALL, CU6, FULL, headline, random_controls
+from ..stages import Stages, paper_rule
+from ..tuning import ATTACKS, MAIN_ATTACK
+from . import Output
+from .render import format_estimate
+
+if TYPE_CHECKING:
+    from ..study import Study
+
+#: A headline arm -> the paper's name of it, after the data set.
+PAPER_ARMS = {FULL: "full", CU6: "freeze_esu_cu6", ALL: "freeze_esu_cu_all"}
+
+
+def label(attack: str, name: str, epoch: int) -> str:
+    """How an arm is called in metrics: ``dialogues: ESU + 6 % CU, 2 epochs``."""
+    return f"{attack}: {name}, {epoch} epoch{'s' if epoch > 1 else ''}"
+
+
+def same(value: float, n: int) -> Estimate:
+    """A number that is counted, not estimated."""
+    return Estimate(value, value, value, n)
+
+
+def measure(
+    stages: Stages,
+    output: Output,
+    name: str,
+    tuning: Tuning,
+    *,
+    thorough: bool = False,
+    draw: str | None = None,
+) -> list[list[bool]]:
+    """Every metric of a fine-tuned arm at every epoch; returns attack success by epoch."""
+    arms, record = stages.measured(tuning, thorough=thorough), stages.training(tuning)
+    seed = draw or stages.seed
+    start = attack_success(stages.completions("harmful_evaluation", Arm()))
+    successes = []
+    for epoch, arm in enumerate(arms, 1):
+        answers = stages.completions("harmful_evaluation", arm)
+        successes.append(attack_success(answers))
+        estimates = {
+            "asr": proportion(successes[-1]).scaled(100),
+            "asr_rise": paired_difference(successes[-1], start).scaled(100),
+            "incoherent": proportion([not is_coherent(a) for a in answers]).scaled(100),
+            "perplexity": stages.perplexity(arm),
+            "heldout_gain": stages.heldout_gain(arm, tuning.attack),
+            "training_loss": same(record.epoch_losses[epoch - 1], record.steps),
+            **frozen_shares(stages, tuning),
+        }
+        if thorough and arm == paper_rule(arms):
+            harmbench = attack_success(stages.completions("harmbench", arm))
+            estimates["asr_harmbench"] = proportion(harmbench).scaled(100)
+        for metric, estimate in estimates.items():
+            output.add(label(tuning.attack, name, epoch), metric, seed, estimate)
+    return successes
+
+
+def frozen_shares(stages: Stages, tuning: Tuning) -> dict[str, Estimate]:
+    """Per cent of units, and of the units' weights, that an arm freezes."""
+    layout = stages.layout_for(tuning.unit_kind)
+    mask = layout.none() if tuning.frozen is None else tuning.frozen
+    weights = layout.weights(mask) / layout.parameters
+    return {
+        "frozen_units": same(100 * mask.share(), layout.units),
+        "frozen_weights": same(100 * weights, layout.units),
+    }
+
+
+def compare(
+    output: Output, arm: str, metric: str, seed: int | str, worse: list[bool], better: list[bool]
+) -> None:
+    """By how many points ``better`` is attacked less often than ``worse``, on the same prompts."""
+    output.add(arm, metric, seed, paired_difference(worse, better).scaled(100))
+    p = paired_p_value(worse, better)
+    output.add(arm, f"{metric}_p", seed, same(p, len(worse)))
+
+
+def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, list[list[bool]]]:
+    """The three arms of the paper, and each frozen one against the arm that freezes nothing."""
+    seed, tunings = stages.seed, headline(stages, attack)
+    success = {
+        name: measure(stages, output, name, tuning, thorough=True)
+        for name, tuning in tunings.items()
+    }
+    base = paper_rule(stages.measured(tunings[FULL], thorough=True))
+    for name in (CU6, ALL):
+        arms = stages.measured(tunings[name], thorough=True)
+        for epoch, own in enumerate(success[name], 1):
+            arm = label(attack, name, epoch)
+            gain = stages.heldout_gain(arms[epoch - 1], attack, base)
+            output.add(arm, "gain_over_full", seed, gain)
+            compare(output, arm, "saved_equal_epochs", seed, success[FULL][epoch - 1], own)
+            compare(output, arm, "saved_paper_rule", seed, success[FULL][0], own)
+    for epoch, own in enumerate(success[ALL], 1):
+        arm = label(attack, ALL, epoch)
+        compare(output, arm, "saved_over_cu6", seed, success[CU6][epoch - 1], own)
+    return success
+
+
+def _measure_controls(stages: Stages, output: Output, success: dict[str, list[list[bool]]]) -> None:
+    """Random units as many as each frozen arm has, and other rankings at the smaller budget."""
+    draws = stages.config.finetune.random_draws
+    for like, count in ((CU6, draws), (ALL, 1)):
+        for i, (draw, tuning) in enumerate(random_controls(stages, like, count).items()):
+            thorough = like == CU6 and i == 0
+            control = measure(
+                stages, output, f"random, as {like}", tuning, thorough=thorough, draw=draw
+            )
+            for epoch, own in enumerate(success[like], 1):
+                arm = label(MAIN_ATTACK, like, epoch)
+                compare(output, arm, "saved_over_random", draw, control[epoch - 1], own)
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def table2(study: Study) -> Output:
+    """ASR after fine-tuning on dialogues and instructions (Table 2), with random controls."""
+    return _freezing_table(study, "table2", ["instructions", MAIN_ATTACK])
+
+
+def table13(study: Study) -> Output:
+    """The same for arithmetic (Table 13)."""
+    return _freezing_table(study, "table13", ["arithmetic"])
+
+
+def table14(study: Study) -> Output:
+    """Fine-tuning Mistral on instructions (Table 14)."""
+    return _other_family(study, "table14", "instructions")
+
+
+def table15(study: Study) -> Output:
+    """Fine-tuning Mistral on arithmetic (Table 15)."""
+    return _other_family(study, "table15", "arithmetic")
+
+
+def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
+    output = Output(note=_note(study, attacks))
+    for stages in study.all_stages:
+        for metric, prompts in (("asr", "harmful_evaluation"), ("asr_harmbench", "harmbench")):
+            success = attack_success(stages.completions(prompts, Arm()))
+            output.add("initial", metric, stages.seed, proportion(success).scaled(100))
+        output.add("initial", "perplexity", stages.seed, stages.perplexity(Arm()))
+        for attack in attacks:
+            by_arm = _measure_headline(stages, output, attack)
+            if attack == MAIN_ATTACK:
+                _measure_controls(stages, output, by_arm)
+    rows = [_own_rows(pd.DataFrame(output.metrics), study), _paper_rows(artefact)]
+    output.table = pd.concat(rows, ignore_index=True).fillna("")
+    return output
+
+
+def _other_family(study: Study, artefact: str, attack: str) -> Output:
+    """A table of another model family: measured where that family is the model under study."""
+    if study.config.model.name.startswith("mistral"):
+        return _freezing_table(study, artefact, [attack])
+    return Output(
+        note=f"The paper's numbers for another model family; not measured here, where the model is "
+        f"{study.config.model.name}. `make {artefact} HF_HUB_OFFLINE=0 "
+        'ARGS="profile=paper model=mistral_7b_instruct"` measures it (one 80 GB GPU). The same '
+        f"attack on this model is in {'table2' if attack == 'instructions' else 'table13'}.",
+        table=_paper_rows(artefact),
+    )
+
+
+#: Column of the table -> (metric, digits)
+_COLUMNS: dict[str, tuple[str, int]] = {
+    "units %": ("frozen_units", 1),
+    "weights %": ("frozen_weights", 1),
+    "training loss": ("training_loss", 2),
+    "held-out gain": ("heldout_gain", 2),
+    "perplexity": ("perplexity", 2),
+    "ASR": ("asr", 1),
+    "saved, equal epochs": ("saved_equal_epochs", 1),
+    "saved, paper's rule": ("saved_paper_rule", 1),
+    "saved over random": ("saved_over_random", 1),
+    "ASR HarmBench": ("asr_harmbench", 1),
+}
+
+
+def pooled(frame: pd.DataFrame, metric: str) -> Estimate | None:
+    """The mean over seeds and draws of one metric of one arm."""
+    found = frame[frame["metric"] == metric]
+    if found.empty:
+        return None
+    return pool([Estimate(*row) for row in found[["value", "low", "high", "n"]].to_numpy()])
+
+
+def _own_rows(frame: pd.DataFrame, study: Study) -> pd.DataFrame:
+    """One row for each arm and epoch, seeds and draws pooled."""
+    rows = []
+    for arm, group in frame.groupby("arm", sort=False):
+        row: dict[str, str] = {"model": study.config.model.name, "fine-tuning: frozen": str(arm)}
+        for column, (metric, digits) in _COLUMNS.items():
+            estimate = pooled(group, metric)
+            if estimate is None:
+                continue
+            row[column] = format_estimate(estimate, digits)
+            if estimate.low == estimate.high:
+                row[column] = f"{estimate.value:.{digits}f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _paper_rows(artefact: str) -> pd.DataFrame:
+    """The paper's keyword ASR on AdvBench, and Llama Guard's on HEx-PHI beside our HarmBench."""
+    paper = pd.read_csv(reference_csv())
+    paper = paper[paper["artefact"] == artefact]
+    wanted = {
+        ("advbench", "asr_keyword"): "ASR",
+        ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
+    }
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in paper.to_dict("records"):
+        column = wanted.get((record["benchmark"], record["metric"]))
+        if column:
+            row = rows.setdefault((record["model"], record["setting"]), {})
+            row[column] = f"{record['value']:.1f}"
+    return pd.DataFrame(
+        [
+            {"model": f"paper: {model}", "fine-tuning: frozen": setting, **values}
+            for (model, setting), values in rows.items()
+        ]
+    )
+
+
+def _note(study: Study, attacks: list[str]) -> str:
+    config = study.config.finetune
+    trained = ", ".join(f"{config.rows[a]} {a} (for the paper's {ATTACKS[a]})" for a in attacks)
+    embeddings = "train with the rest" if config.train_embeddings else "are frozen in every arm"
+    return (
+        f"The aligned model is fine-tuned on harmless rows: {trained}; rate "
+        f"{config.learning_rate:g}, batches of {config.batch_size}, embeddings {embeddings}. ASR: "
+        "coherent answers that are no refusal, of the held-out harmful prompts. Saved: points of "
+        "ASR that the arm has less than the arm that freezes nothing, on the same prompts (paired "
+        "95 % interval): after as many epochs, or (paper's rule) after one epoch of that arm. "
+        "Saved over random: against as many heads and neurons drawn at random, frozen, after as "
+        "many epochs. Held-out gain: nats per token by which held-out rows of the same kind became "
+        "more likely. Training loss: mean of the epoch's last quarter. Units and weights: share "
+        "that is frozen, of all heads and neurons. Several seeds: means of values and of interval "
+        "bounds."
+    )

@@ -1,0 +1,204 @@
+"""Notebook 04: the ratio sweep (Fig. 8), and when freezing works."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..selections import (
+    ALL,
+    CU6,
+    FULL,
+    conditions,
+    headline,
+    random_controls,
+    ratios,
+)
+from ..stages import Stages
+from ..tuning import MAIN_ATTACK
+from . import Output
+from .freezing import compare, label, measure, pooled
+from .render import COLOURS, STYLE, ShownFigure
+
+if TYPE_CHECKING:
+    from ..study import Study
+
+#: Colours of the two epochs: the group colours mean something else.
+EPOCH_COLOURS = {1: "#56B4E9", 2: "#CC79A7"}
+
+
+def fig8(study: Study) -> Output:
+    """ASR against the percentage of CU frozen beside the ESU (Fig. 8)."""
+    output = Output(
+        note="Share of CU (top of the ranking by I_S - I_U, in per cent of all units) that is "
+        "frozen beside the ESU while the model is fine-tuned on dialogues. Lines: after one epoch "
+        "and after two; dotted: the arm that freezes nothing; crosses: random units, as many as "
+        "ESU + 6 % CU; right: ESU and all CU. Shaded and bars: smallest to largest over seeds (and "
+        "draws); 100 prompts, so each point has an interval of up to 10 points either way (table)."
+    )
+    for stages in study.all_stages:
+        base = measure(stages, output, FULL, headline(stages, MAIN_ATTACK)[FULL], thorough=True)
+        for percent, tuning in ratios(stages).items():
+            # The paper's own ratio is a headline arm, of which more is measured.
+            name = f"ESU + {percent:g} % CU"
+            success = measure(stages, output, name, tuning, thorough=name == CU6)
+            for epoch, own in enumerate(success, 1):
+                arm = label(MAIN_ATTACK, name, epoch)
+                compare(output, arm, "saved_equal_epochs", stages.seed, base[epoch - 1], own)
+        measure(stages, output, ALL, headline(stages, MAIN_ATTACK)[ALL], thorough=True)
+        controls = random_controls(stages, CU6, study.config.finetune.random_draws)
+        for i, (draw, tuning) in enumerate(controls.items()):
+            measure(stages, output, f"random, as {CU6}", tuning, thorough=i == 0, draw=draw)
+    output.figure = _draw_ratios(pd.DataFrame(output.metrics), study)
+    return output
+
+
+def _spread(frame: pd.DataFrame, name: str, epoch: int) -> tuple[float, float, float]:
+    """Mean, smallest and largest ASR of an arm over seeds and draws."""
+    chosen = (frame["arm"] == label(MAIN_ATTACK, name, epoch)) & (frame["metric"] == "asr")
+    values = frame[chosen]["value"]
+    return values.mean(), values.min(), values.max()
+
+
+def _draw_ratios(frame: pd.DataFrame, study: Study) -> Figure:
+    percents = list(study.config.finetune.cu_percents)
+    right = max(percents) * 1.25 + 1
+    with plt.style.context(STYLE):
+        figure = ShownFigure(figsize=(6.5, 3.6))
+        axes = figure.subplots()
+        for epoch, marker in ((1, "o"), (2, "s")):
+            colour = EPOCH_COLOURS[epoch]
+            spread = [_spread(frame, f"ESU + {p:g} % CU", epoch) for p in percents]
+            mean, low, high = zip(*spread, strict=True)
+            axes.plot(percents, mean, marker=marker, ms=4, color=colour, label=f"{epoch} epoch(s)")
+            axes.fill_between(percents, low, high, color=colour, alpha=0.2, lw=0)
+            axes.axhline(_spread(frame, FULL, epoch)[0], color=colour, ls=":", lw=1.2)
+            for place, name, shape in ((6, f"random, as {CU6}", "x"), (right, ALL, marker)):
+                value, least, most = _spread(frame, name, epoch)
+                bars = [[value - least], [most - value]]
+                axes.errorbar(
+                    place, value, yerr=bars, fmt=shape, ms=5, color=colour, capsize=2, lw=1
+                )
+        axes.set_xticks([*percents, right], [*(f"{p:g}" for p in percents), "all"])
+        axes.set(xlabel="CU frozen beside the ESU, % of all units", ylabel="ASR, %", ylim=(-3, 103))
+        axes.legend(title="dotted: nothing frozen; x: random units")
+    return figure
+
+
+# --- conditions ------------------------------------------------------------------------------
+
+
+def fig_conditions(study: Study) -> Output:
+    """When does freezing work? Safety against what is learned, by rule, budget and setting."""
+    output = Output(
+        note="Fine-tuning on dialogues, one epoch. Left: ASR against the held-out gain (what the "
+        "fine-tuning is for); a rule is better the lower it lies at the same gain; means over "
+        "seeds and draws. Right: points of ASR saved against the arm that freezes nothing under "
+        "the same setting, same prompts, mean over seeds (and draws) with 95 % interval (paired). "
+        "Budgets: 7 % is ESU + 6 % CU, 25 % ESU and CU up to a quarter of all units; the other "
+        "rules freeze as many heads and as many neurons. 'All heads' are a quarter of the weights."
+        + _which_seeds(study)
+    )
+    for index, stages in enumerate(study.all_stages):
+        more = index < study.config.finetune.condition_seeds
+        _measure_conditions(stages, output, more=more)
+    output.figure = _draw_conditions(pd.DataFrame(output.metrics))
+    return output
+
+
+def _which_seeds(study: Study) -> str:
+    """For which seeds the arms beyond table 2's were run."""
+    full = study.seeds[: study.config.finetune.condition_seeds]
+    if not full:
+        return " Only the arms of table 2 are shown: `finetune=wide` runs the others."
+    if len(full) < len(study.seeds):
+        return f" The arms beyond table 2's: seed {', '.join(map(str, full))} only."
+    return ""
+
+
+def _measure_conditions(stages: Stages, output: Output, *, more: bool) -> None:
+    first: dict[str, list[bool]] = {}
+
+    def against_full(name: str, base: str, seed: int | str) -> None:
+        arm = label(MAIN_ATTACK, name, 1)
+        compare(output, arm, "saved", seed, first[base], first[name])
+
+    for name, tuning in headline(stages, MAIN_ATTACK).items():
+        first[name] = measure(stages, output, name, tuning, thorough=True)[0]
+        if name != FULL:
+            against_full(name, FULL, stages.seed)
+    draws = stages.config.finetune.random_draws
+    for like, count in ((CU6, draws), (ALL, 1)):
+        for i, (draw, tuning) in enumerate(random_controls(stages, like, count).items()):
+            name = f"random, as {like}"
+            thorough = like == CU6 and i == 0
+            first[name] = measure(stages, output, name, tuning, thorough=thorough, draw=draw)[0]
+            against_full(name, FULL, draw)
+    if not more:
+        return
+    for name, tuning in conditions(stages).items():
+        first[name] = measure(stages, output, name, tuning)[0]
+        setting = name.partition(", ")[2]
+        base = f"{FULL}, {setting}"
+        if name != base:
+            against_full(name, base if base in first else FULL, stages.seed)
+
+
+def _draw_conditions(frame: pd.DataFrame) -> Figure:
+    frame = frame[frame["arm"].str.endswith(", 1 epoch")]
+    names = frame["arm"].str.removeprefix(f"{MAIN_ATTACK}: ").str.removesuffix(", 1 epoch")
+    frame = frame.assign(name=names)
+    with plt.style.context(STYLE):
+        figure = ShownFigure(figsize=(10, 4.6))
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+        _draw_trade_off(left, frame)
+        _draw_saved(right, frame)
+    return figure
+
+
+#: Rule -> its arms from a small budget to a large one; all start where nothing is frozen.
+_RULES = {
+    "highest I_S - I_U": (CU6, "ESU + CU, 25 %", ALL),
+    "random": (f"random, as {CU6}", "random, 25 %", f"random, as {ALL}"),
+    "lowest I_S - I_U": ("lowest I_S - I_U, 7 %", "lowest I_S - I_U, 25 %"),
+    "largest magnitude": ("largest magnitude, 7 %", "largest magnitude, 25 %"),
+    "moved most by alignment": ("moved most by alignment, 7 %", "moved most by alignment, 25 %"),
+    "all heads": ("all heads",),
+}
+_RULE_STYLES = {
+    "highest I_S - I_U": ("o", COLOURS["ESU"], "-"),
+    "random": ("^", COLOURS["random"], "--"),
+    "lowest I_S - I_U": ("s", COLOURS["EUU"], "-"),
+    "largest magnitude": ("D", "#CC79A7", "-."),
+    "moved most by alignment": ("v", "#E69F00", "-"),
+    "all heads": ("*", COLOURS["CU"], ":"),
+}
+
+
+def _draw_trade_off(axes: Axes, frame: pd.DataFrame) -> None:
+    wide = frame.pivot_table(index="name", columns="metric", values="value")
+    for rule, arms in _RULES.items():
+        path = wide.loc[[FULL, *(arm for arm in arms if arm in wide.index)]]
+        if len(path) > 1:
+            marker, colour, line = _RULE_STYLES[rule]
+            gains, asr = path["heldout_gain"], path["asr"]
+            axes.plot(gains, asr, line, marker=marker, color=colour, ms=5, lw=1, label=rule)
+    axes.set(xlabel="held-out gain, nats per token", ylabel="ASR after one epoch, %")
+    axes.set_title("Each line: from nothing frozen to the largest budget", loc="left")
+    axes.legend(fontsize=7)
+
+
+def _draw_saved(axes: Axes, frame: pd.DataFrame) -> None:
+    saved = {name: pooled(group, "saved") for name, group in frame.groupby("name", sort=False)}
+    shown = [(name, estimate) for name, estimate in saved.items() if estimate is not None][::-1]
+    for row, (name, e) in enumerate(shown):
+        colour = COLOURS["random"] if name.startswith("random") else COLOURS["ESU"]
+        bars = [[e.value - e.low], [e.high - e.value]]
+        axes.errorbar(e.value, row, xerr=bars, fmt="o", ms=4, color=colour, capsize=2, lw=1)
+    axes.axvline(0, color="grey", lw=0.8)
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=7)
+    axes.set(xlabel="points of ASR saved", title="Against nothing frozen, same setting")
