@@ -37,7 +37,7 @@ class ResponseTrainer(Trainer):
             raise NotImplementedError("This trainer computes losses only.")
         target = inputs["labels"][:, 1:]
         scored = target != -100
-        logits = _scored_logits(self.accelerator.unwrap_model(model), inputs, scored)
+        logits = scored_logits(self.accelerator.unwrap_model(model), inputs, scored)
         anchored = inputs.get("anchored", torch.zeros(len(target), dtype=torch.bool))
         rows = scored.nonzero()[:, 0]
         soft = anchored.to(rows.device)[rows]
@@ -46,14 +46,14 @@ class ResponseTrainer(Trainer):
             assert self.reference is not None
             with torch.no_grad():
                 part = {name: inputs[name][anchored] for name in ("input_ids", "attention_mask")}
-                wanted = _scored_logits(self.reference, part, scored[anchored]).log_softmax(-1)
+                wanted = scored_logits(self.reference, part, scored[anchored]).log_softmax(-1)
             total = total + self.anchor_weight * nn.functional.kl_div(
                 logits[soft].log_softmax(-1), wanted, reduction="sum", log_target=True
             )
         return total / (num_items_in_batch if num_items_in_batch is not None else scored.sum())
 
 
-def _scored_logits(model: PreTrainedModel, inputs: dict[str, Tensor], scored: Tensor) -> Tensor:
+def scored_logits(model: PreTrainedModel, inputs: dict[str, Tensor], scored: Tensor) -> Tensor:
     """Float32 logits that predict the ``scored`` tokens (bool ``[rows, tokens - 1]``)."""
     hidden = model.base_model(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
@@ -160,8 +160,7 @@ def supervised_finetune(
 
         trainer.remove_callback(PrinterCallback)
     with quiet():
-        last = get_last_checkpoint(str(work)) if work.exists() else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     shutil.rmtree(work, ignore_errors=True)
     model.eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -173,6 +172,14 @@ def supervised_finetune(
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         tuple(map(_last_quarter, by_epoch)),
     )
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The last one that was written to its end; a kill may have left half of another."""
+    for folder in work.glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").exists():  # the last file to be written
+            shutil.rmtree(folder)
+    return get_last_checkpoint(str(work)) if work.exists() else None
 
 
 def _last_quarter(losses: Sequence[float]) -> float:
