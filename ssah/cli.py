@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .config import GROUPS, check_keys, suggestion, sweep_points
 from .errors import SsahError
-from .paths import home, project_root, results_root
+from .paths import home, results_root
 from .progress import show_progress
 
 COMMANDS = {
@@ -135,10 +135,10 @@ def _artefacts(names: list[str], profile: str, overrides: list[str], *, sweep: b
 def _duration(name: str, study) -> str:
     from .report import timings
 
-    seconds = timings().get(name)
-    if seconds is None or study.config.name != "laptop":
+    known = timings().get(name)
+    if known is None or study.config.name != "laptop":
         return "No duration is on record for this profile."
-    minutes = seconds * len(study.seeds) / 60
+    minutes = known.alone * len(study.seeds) / 60
     return f"About {minutes:.0f} min on 2 cores where nothing is cached."
 
 
@@ -180,7 +180,7 @@ def _reproduce(profile: str, overrides: list[str], *, publish: bool) -> None:
         execute(name, results, profile, overrides)
     report.write_index(results)
     if publish:
-        report.publish(results, project_root() / "README.md")
+        report.publish(results)
         results = results_root() / "published"
     report.print_claims(results)
 
@@ -195,14 +195,16 @@ def _plan(profile: str, overrides: list[str]) -> None:
     total = 0.0
     print(f"Profile {profile}, seeds {study.seeds}, results in {study.results}")
     for artefact in ARTEFACTS.values():
-        seconds = known.get(artefact.id, 0) * len(study.seeds)
-        total += seconds
-        cost = f"{seconds / 60:5.1f} min" if artefact.id in known else "unknown"
+        cost = "unknown"
+        if artefact.id in known:
+            minutes = known[artefact.id].added * len(study.seeds) / 60
+            total += minutes
+            cost = f"{minutes:5.1f} min"
         done = any(study.results.glob(f"*/{artefact.id}.*"))
         state = "done" if done else "to do"
         print(f"  {artefact.id:<18} {cost:>10}  {state:<6} {artefact.title}")
     if known:
-        print(f"  {'all':<18} {total / 60:5.1f} min  where nothing is cached, on 2 cores")
+        print(f"  {'all':<18} {total:5.1f} min  at most: the published run has more arms; 2 cores")
 
 
 def _assets(*, fetch_all: bool) -> None:

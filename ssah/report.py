@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from rich.table import Table
 from .artefacts import ARTEFACTS
 from .artefacts.render import write_atomically
 from .claims import claims_table, styled, update_claims
-from .paths import results_root
+from .paths import project_root, results_root
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>ssah: {{ title }}</title>
@@ -72,8 +73,8 @@ def write_index(results: Path) -> Path:
     return target
 
 
-def publish(results: Path, readme: Path) -> None:
-    """Make a finished run the published one, and refresh the numbers in the README."""
+def publish(results: Path) -> None:
+    """Make a finished run the published one, and refresh the numbers in README and docs."""
     published = results_root() / "published"
     fresh = published.with_name("published.partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -82,25 +83,58 @@ def publish(results: Path, readme: Path) -> None:
     fresh.replace(published)
     update_claims(published)
     write_index(published)
-    refresh_readme(readme)
+    refresh_texts()
 
 
-def refresh_readme(readme: Path) -> None:
-    """Replace the generated block of the README by the published claims."""
-    begin, end = "<!-- claims:begin -->", "<!-- claims:end -->"
-    text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(begin)
+def refresh_texts() -> None:
+    """Fill the generated blocks of the README and of docs/reproduction.md."""
+    claims = claims_table(results_root() / "published")
+    _fill("README.md", "claims", claims[["text", "unit", "paper", "published", "verdict"]])
+    rows = [
+        {
+            "artefact": name,
+            "cold, alone": _minutes(time.alone),
+            "cold, after those above": _minutes(time.added),
+            "warm": f"{time.warm:.0f} s",
+        }
+        for name, time in timings().items()
+    ]
+    _fill("docs/reproduction.md", "times", pd.DataFrame(rows))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _fill(name: str, block: str, table: pd.DataFrame) -> None:
+    """Replace what stands between a file's ``<block>:begin`` and ``<block>:end`` comments."""
+    path = project_root() / name
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    head, rest = path.read_text(encoding="utf-8").split(begin)
     tail = rest.split(end)[1]
-    frame = claims_table(results_root() / "published")
-    frame = frame[["text", "unit", "paper", "published", "verdict"]]
-    block = f"{begin}\n{frame.to_markdown(index=False)}\n{end}"
-    write_atomically(readme, lambda path: path.write_text(head + block + tail, encoding="utf-8"))
+    text = f"{head}{begin}\n{table.to_markdown(index=False)}\n{end}{tail}"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def timings() -> dict[str, float]:
-    """Seconds per seed that each artefact took, cold, when it was published."""
+@dataclass(frozen=True)
+class Time:
+    """Seconds a seed that an artefact took when it was published."""
+
+    alone: float  #: where nothing is cached
+    added: float  #: where the artefacts before it are there
+    warm: float  #: where everything is
+
+
+def timings() -> dict[str, Time]:
+    """By artefact, in their order; empty where nothing is published."""
     path = results_root() / "published" / "timings.csv"
     if not path.exists():
         return {}
-    frame = pd.read_csv(path, dtype={"seeds": str})
-    return {row.artefact: row.seconds / len(row.seeds.split()) for row in frame.itertuples()}
+    frame = pd.read_csv(path, dtype={"seeds": str}).set_index("artefact")
+    times = {}
+    for name in ARTEFACTS:
+        if name in frame.index:
+            row = frame.loc[name]
+            parts = (row["seconds"], row["added_seconds"], row["warm_seconds"])
+            times[name] = Time(*(part / len(row["seeds"].split()) for part in parts))
+    return times

@@ -64,7 +64,7 @@ class Store:
         self.root = root
         self.touched: dict[str, Run] = {}  # runs used since the caller last cleared this
         self._intact: dict[tuple[str, bool], Run] = {}  # verified once in this process
-        self._built_seconds = 0.0
+        self.built_seconds = 0.0  # spent on building, in this process
 
     def place(self, stage: str, label: str, key: Mapping[str, Any]) -> tuple[Path, str]:
         """Folder and key of a run, whether it exists or not."""
@@ -146,11 +146,11 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(exist_ok=True)
         logger.info("Building %s", folder.name)
-        before, start = self._built_seconds, time.monotonic()
+        before, start = self.built_seconds, time.monotonic()
         build(partial)
-        nested = self._built_seconds - before  # spent on inputs that this build asked for
+        nested = self.built_seconds - before  # spent on inputs that this build asked for
         seconds = time.monotonic() - start - nested
-        self._built_seconds += seconds
+        self.built_seconds += seconds
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "run.json")
         record = {
             "stage": stage,

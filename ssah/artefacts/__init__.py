@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -80,12 +81,16 @@ def find(name: str) -> Artefact:
 def produce(study: Study, artefact: Artefact) -> pd.DataFrame | Figure:
     """Run an artefact's function and write its files, metrics and claims."""
     from ..claims import update_claims
-    from .render import write_output
+    from .render import write_output, write_times
 
-    study.store.touched.clear()
+    store = study.store
+    store.touched.clear()
+    start, built = time.monotonic(), store.built_seconds
     output = artefact.compute(study)
-    seconds = sum(run.seconds for run in study.store.touched.values())
-    write_output(study, artefact, output, seconds)
+    warm = time.monotonic() - start - (store.built_seconds - built)
+    write_output(study, artefact, output)
+    runs = {run.key: run.seconds for run in store.touched.values()}
+    write_times(study, artefact, runs, warm)
     update_claims(study.results)
     shown = output.figure if output.figure is not None else output.table
     assert shown is not None

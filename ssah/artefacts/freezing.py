@@ -164,7 +164,9 @@ def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
             if attack == MAIN_ATTACK:
                 _measure_controls(stages, output, by_arm)
     rows = [_own_rows(pd.DataFrame(output.metrics), study), _paper_rows(artefact)]
-    output.table = pd.concat(rows, ignore_index=True).fillna("")
+    table = pd.concat(rows, ignore_index=True).fillna("")
+    first = ["model", "fine-tuning: frozen", *_COLUMNS]
+    output.table = table[[*first, *(c for c in table.columns if c not in first)]]
     return output
 
 

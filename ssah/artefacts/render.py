@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,7 @@ def format_estimate(e: Estimate | None, digits: int = 1) -> str:
     return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
 
 
-def write_output(study: Study, artefact: Artefact, output: Output, seconds: float) -> None:
+def write_output(study: Study, artefact: Artefact, output: Output) -> None:
     """All files of one artefact under the study's results folder."""
     stamp = study.stamp
     line = (
@@ -81,8 +82,32 @@ def write_output(study: Study, artefact: Artefact, output: Output, seconds: floa
     if output.figure is not None:
         _write_figure(output.figure, study.results / "figures" / artefact.id, line, output.note)
     _merge(study.results / "metrics.csv", frame.assign(**stamp), artefact.id)
-    timing = pd.DataFrame([{"artefact": artefact.id, "seconds": round(seconds), **stamp}])
-    _merge(study.results / "timings.csv", timing, artefact.id)
+
+
+def write_times(study: Study, artefact: Artefact, runs: dict[str, float], warm: float) -> None:
+    """Seconds of the runs behind an artefact, of those that no earlier one uses, and of the rest.
+
+    ``runs`` are keys and seconds; ``warm`` is what the artefact takes where all of them are cached.
+    """
+    from . import ARTEFACTS
+
+    path = study.results / ".runs.json"
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[artefact.id] = runs
+        write_atomically(path, lambda p: p.write_text(json.dumps(known)))
+    ids = list(ARTEFACTS)
+    earlier: set[str] = set()
+    for name in ids[: ids.index(artefact.id)]:
+        earlier.update(known.get(name, ()))
+    row = {
+        "artefact": artefact.id,
+        "seconds": round(sum(runs.values())),
+        "added_seconds": round(sum(s for key, s in runs.items() if key not in earlier)),
+        "warm_seconds": round(warm, 1),
+        **study.stamp,
+    }
+    _merge(study.results / "timings.csv", pd.DataFrame([row]), artefact.id)
 
 
 def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:
