@@ -12,7 +12,7 @@ from .baselines import magnitude_units, matched_by, random_units
 from .roles import Roles, classify
 from .stages import Stages
 from .tuning import MAIN_ATTACK
-from .units import BlockKind, UnitMask
+from .units import BlockKind, UnitLayout, UnitMask
 
 FULL, CU6, ALL = "nothing", "ESU + 6 % CU", "ESU + all CU"
 
@@ -99,7 +99,7 @@ def conditions(stages: Stages) -> dict[str, Tuning]:
         "random, 25 %": one_epoch(random_units(stages.layout, wide, 1000 * stages.seed)),
     }
     arms |= {f"{rule}, 25 %": one_epoch(m) for rule, m in ranked_controls(stages, wide).items()}
-    arms["all heads"] = one_epoch(_all_heads(stages))
+    arms["all heads"] = one_epoch(_all_heads(stages.layout))
     for name, changes in (
         ("embeddings trained", {"train_embeddings": True}),
         ("lower rate", {"learning_rate": stages.config.finetune.learning_rate * 0.4}),
@@ -114,13 +114,49 @@ def conditions(stages: Stages) -> dict[str, Tuning]:
         other = rescored(stages, changes)
         kind = changes.get("unit_kind", "head")
         arms[f"{CU6}, {name}"] = one_epoch(other.select("ESU", "CU:6%"), kind)
+    for name, mask in _channels(stages, other).items():
+        arms[name] = one_epoch(mask, "channel")
     return arms
 
 
-def _all_heads(stages: Stages) -> UnitMask:
-    return UnitMask(
-        {b.name: torch.full((b.units,), b.kind == "attn") for b in stages.layout.blocks}
-    )
+def _channels(stages: Stages, by_channel: Roles) -> dict[str, UnitMask]:
+    """Attention's value-output path, whole and by halves: what a head's score averages away.
+
+    Chosen are value rows, each with its columns of the output projection in all heads that share
+    it, by the mean of these channels; so all halves hold the same number of weights.
+    """
+    layout = stages.layout_for("channel")
+    path = _all_heads(layout)
+    half = layout.split(torch.zeros(layout.units, dtype=torch.bool))
+    for name, part in path.items():
+        half[name][: int(part.sum()) // 2] = True
+    target = UnitMask(half)
+    generator = torch.Generator().manual_seed(1000 * stages.seed)
+    chance = layout.split(torch.rand(layout.units, generator=generator))
+    lowest, drawn = (_by_value_row(layout, r) for r in (by_channel.difference, chance))
+    highest = {name: -part for name, part in lowest.items()}
+    return {
+        "value-output path": path,
+        "half of it, highest I_S - I_U": matched_by(layout, target, highest),
+        "half of it, random": matched_by(layout, target, drawn),
+        "half of it, lowest I_S - I_U": matched_by(layout, target, lowest),
+    }
+
+
+def _by_value_row(layout: UnitLayout, rank: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rank of attention's channels, averaged over those that share a value row."""
+    shared = dict(rank)
+    for block in layout.blocks:
+        if block.kind == "attn":
+            rows = next(part for part in block.slices if part.dim == 0).index.flatten()
+            sums = torch.zeros(int(rows.max()) + 1).index_add_(0, rows, rank[block.name].float())
+            shared[block.name] = (sums / rows.bincount().clamp(min=1))[rows]
+    return shared
+
+
+def _all_heads(layout: UnitLayout) -> UnitMask:
+    """All of attention, by heads or by channels."""
+    return UnitMask({b.name: torch.full((b.units,), b.kind == "attn") for b in layout.blocks})
 
 
 def rescored(stages: Stages, changes: dict[str, Any]) -> Roles:
