@@ -200,22 +200,13 @@ class Preparation(Inputs):
         ``resample`` draws another sample of prompts.
         """
         config = self.config.attribution
-        source = {"safety": "harmful_attribution", "utility": "benign_attribution"}[purpose]
-        drawn = f"{source}#{resample}" if resample else source
-        rows = self.draw(drawn, self.rows(source), config.samples)
-        # Refusals come from the aligned model, and so do its benign answers: what it says itself.
-        answers = self.answers(rows, Arm("aligned"), config.max_response_tokens)
+        rows, answers = self._own_answers(purpose, resample)
         key = self._key(1, config=dataclasses.asdict(config), answers=answers.key)
         if which != "aligned":
             key["model"] = self.identity(which)
 
         def build(folder: Path) -> None:
-            text = self.answer_texts(answers)
-            limit = config.max_response_tokens - 1
-            pairs = [
-                encode_dialogue(self.tokenizer, r.prompt, text[r.id], max_response_tokens=limit)
-                for r in rows
-            ]
+            pairs = self._encoded_answers(rows, answers)
             batches = dialogue_batches(
                 pairs, config.batch_size, tokens=config.tokens, drop_first=config.drop_first
             )
@@ -226,6 +217,26 @@ class Preparation(Inputs):
             statistics.save(folder / "statistics.safetensors")
 
         return self.store.get(f"statistics_{purpose}", self.config.model.name, key, build)
+
+    def _own_answers(self, purpose: Purpose, resample: int) -> tuple[list[Row], Run]:
+        """Prompts of a sampled set and what the aligned model says to them."""
+        config = self.config.attribution
+        source = {"safety": "harmful_attribution", "utility": "benign_attribution"}[purpose]
+        drawn = f"{source}#{resample}" if resample else source
+        rows = self.draw(drawn, self.rows(source), config.samples)
+        # Refusals come from the aligned model, and so do its benign answers: what it says itself.
+        return rows, self.answers(rows, Arm("aligned"), config.max_response_tokens)
+
+    def _encoded_answers(self, rows: list[Row], answers: Run) -> list[tuple[list[int], list[int]]]:
+        text, limit = self.answer_texts(answers), self.config.attribution.max_response_tokens - 1
+        return [
+            encode_dialogue(self.tokenizer, r.prompt, text[r.id], max_response_tokens=limit)
+            for r in rows
+        ]
+
+    def safety_pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Prompt and response ids of the safety set: harmful prompts, the model's own answers."""
+        return self._encoded_answers(*self._own_answers("safety", 0))
 
     def statistics(self, purpose: Purpose) -> ActivationStatistics:
         """Those of the aligned model."""

@@ -62,6 +62,7 @@ def ranked_controls(stages: Stages, target: UnitMask) -> dict[str, UnitMask]:
             stages.model("aligned"), stages.layout, target, largest=True
         ),
         "moved most by alignment": matched_by(stages.layout, target, _stillness(stages)),
+        "hurts refusals most": matched_by(stages.layout, target, stages.interference(MAIN_ATTACK)),
     }
 
 

@@ -14,17 +14,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arms import Arm, Tuning, Which
 from .config import FinetuneConfig, TrainingConfig
 from .data import Row
 from .errors import SsahError
-from .finetune import TrainingRecord, save_model, supervised_finetune
+from .finetune import TrainingRecord, collate, save_model, scored_logits, supervised_finetune
 from .models import Checkpoint, encode_dialogue, load_model
 from .preparation import Preparation
 from .slicing import freeze_units
-from .store import Run
+from .store import Run, digest
 from .units import UnitKind, UnitLayout
 
 #: Attack -> what the paper uses in its place.
@@ -139,6 +142,55 @@ class FineTuning(Preparation):
         yield [Arm(dataclasses.replace(tuning, epoch=epoch)) for epoch in epochs]
         self._loaded = None
         self.store.drop(self._training_run(tuning, whole=False), "epoch-*")
+
+    # --- which units an attack would hurt refusals through ------------------------------------
+
+    def interference(self, attack: str) -> dict[str, Tensor]:
+        """How a first step on the attack's rows changes the loss of refusals, through each unit.
+
+        By block, ``[units]``; the more negative, the more such a step hurts. It is the sum over the
+        unit's weights of the gradient of the refusals' loss times the sign of the attack's
+        gradient: to first order, what Adam's first step does. Not in the paper; unlike I_S - I_U it
+        knows the data that the model will be trained on.
+        """
+        safety = self.safety_pairs()
+        rows, _ = self.attack_rows(attack)
+        pairs = self.encoded(attack, rows)
+        kind, texts = self.layout.unit_kind, digest([safety, pairs])
+        key = self._key(1, model=self.identity("aligned"), kind=kind, pairs=texts)
+
+        def build(folder: Path) -> None:
+            model = load_model(self.checkpoint("aligned"), self.config.model, self.device)
+            model.get_input_embeddings().requires_grad_(False)
+            step = self._gradients(model, pairs)
+            hurt = self._gradients(model, safety)
+            found = {}
+            for block in self.layout.blocks:
+                total = torch.zeros(block.units)
+                for part in block.slices:
+                    change = hurt[part.parameter] * step[part.parameter].sign()
+                    if change.ndim > 1:
+                        change = change.sum(1 - part.dim)
+                    total += change[part.index].sum(1)
+                found[block.name] = total
+            save_file(found, folder / "interference.safetensors")
+
+        run = self.store.get("interference", self.config.model.name, key, build)
+        return load_file(run.path("interference.safetensors"))
+
+    def _gradients(
+        self, model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]]
+    ) -> dict[str, Tensor]:
+        """Gradients of the summed response loss, on the CPU."""
+        size = self.config.finetune.micro_batch_size
+        model.zero_grad(set_to_none=True)
+        for start in range(0, len(pairs), size):
+            chosen = [{"prompt": p, "response": r} for p, r in pairs[start : start + size]]
+            batch = {name: t.to(model.device) for name, t in collate(chosen).items()}
+            target = batch["labels"][:, 1:]
+            logits = scored_logits(model, batch, target != -100)
+            nn.functional.cross_entropy(logits, target[target != -100], reduction="sum").backward()
+        return {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
 
     # --- models ------------------------------------------------------------------------------
 

@@ -167,6 +167,7 @@ _RULES = {
     "lowest I_S - I_U": ("lowest I_S - I_U, 7 %", "lowest I_S - I_U, 25 %"),
     "largest magnitude": ("largest magnitude, 7 %", "largest magnitude, 25 %"),
     "moved most by alignment": ("moved most by alignment, 7 %", "moved most by alignment, 25 %"),
+    "hurts refusals most": ("hurts refusals most, 7 %", "hurts refusals most, 25 %"),
     "all heads": ("all heads",),
 }
 _RULE_STYLES = {
@@ -175,6 +176,7 @@ _RULE_STYLES = {
     "lowest I_S - I_U": ("s", COLOURS["EUU"], "-"),
     "largest magnitude": ("D", "#CC79A7", "-."),
     "moved most by alignment": ("v", "#E69F00", "-"),
+    "hurts refusals most": ("P", "#56B4E9", "-"),
     "all heads": ("*", COLOURS["CU"], ":"),
 }
 

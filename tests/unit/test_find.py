@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import ssah
 from ssah.models import CHATML, encode_dialogue
+from ssah.paths import project_root
 from ssah.roles import Shares, classify
 from ssah.toy import ToyHarm
 
@@ -100,6 +102,13 @@ def test_no_dialogues_are_refused(answering_model, text_tokenizer):
         ssah.find_units(answering_model, text_tokenizer, [], UTILITY)
 
 
+def readme_example() -> str:
+    """The code that the README promises to work, as it stands there."""
+    blocks = re.findall(r"```python\n(.*?)```", (project_root() / "README.md").read_text(), re.S)
+    (example,) = [block for block in blocks if "find_units" in block]
+    return example
+
+
 def test_three_lines_on_a_model_on_disk(tiny_folder, tmp_path):
     """Find, freeze and train, save: the loaded model has the frozen units bit for bit."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -121,10 +130,10 @@ def test_three_lines_on_a_model_on_disk(tiny_folder, tmp_path):
         disable_tqdm=True,
     )
 
-    mask = ssah.find_units(model, tokenizer, SAFETY, UTILITY).select("ESU", "CU:6%")
-    with ssah.freeze_units(model, mask):
-        Trainer(model, arguments, train_dataset=rows).train()
-    model.save_pretrained(tmp_path / "out")
+    names = {"model": model, "tokenizer": tokenizer, "safety": SAFETY, "utility": UTILITY}
+    names |= {"Trainer": Trainer, "arguments": arguments, "rows": rows, "out": tmp_path / "out"}
+    exec(readme_example(), names)
+    mask = names["mask"]
 
     first, last = (
         AutoModelForCausalLM.from_pretrained(path).state_dict()
