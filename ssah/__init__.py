@@ -17,6 +17,7 @@ _PUBLIC = {
     "UnitLayout": "units",
     "UnitMask": "units",
     "ablate": "ablation",
+    "find_conflicts": "find",
     "find_units": "find",
     "freeze_units": "slicing",
     "train_only": "slicing",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .attribution import collect_statistics, unit_scores
+from .baselines import matched_by
+from .conflict import gradient_conflict
 from .models import dialogue_batches, encode_dialogue
 from .roles import Roles, Shares, classify
-from .units import UnitKind, UnitLayout
+from .units import UnitKind, UnitLayout, UnitMask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,3 +46,32 @@ def find_units(
         return unit_scores(model, layout, collect_statistics(model, layout, batches))
 
     return classify(layout, scores(safety), scores(utility), shares)
+
+
+def find_conflicts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    safety: Sequence[tuple[str, str]],
+    training: Sequence[tuple[str, str]],
+    *,
+    fraction: float = 0.073,
+    unit_kind: UnitKind = "head",
+    batch_size: int = 8,
+) -> UnitMask:
+    """The units through which training on these rows would hurt refusals most.
+
+    ``safety`` are harmful prompts with refusals, ``training`` the rows (about a hundred suffice)
+    that the model is to be fine-tuned on. Taken are ``fraction`` of the heads and of the neurons,
+    by :func:`ssah.conflict.gradient_conflict`; its default is what the paper freezes. Costs one
+    forward and backward pass over both; the model is left as it was.
+    """
+    layout = UnitLayout.of(model, unit_kind)
+    batches = [
+        dialogue_batches([encode_dialogue(tokenizer, *pair) for pair in pairs], batch_size)
+        for pairs in (training, safety)
+    ]
+    conflict = gradient_conflict(model, layout, *batches)
+    size = UnitMask(
+        {b.name: torch.arange(b.units) < round(fraction * b.units) for b in layout.blocks}
+    )
+    return matched_by(layout, size, {name: -part for name, part in conflict.items()})

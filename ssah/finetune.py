@@ -67,7 +67,7 @@ class TrainingRecord:
 
     steps: int
     final_loss: float  #: mean training loss (nats per response token) over the last quarter
-    trainable_parameters: int
+    trainable_parameters: int  #: of layers of which little is frozen, all
     epoch_losses: tuple[float, ...]  #: the same, of the last quarter of each epoch
 
 

@@ -12,9 +12,13 @@ from .baselines import magnitude_units, matched_by, random_units
 from .roles import Roles, classify
 from .stages import Stages
 from .tuning import MAIN_ATTACK
-from .units import BlockKind, UnitLayout, UnitMask
+from .units import BlockKind, UnitKind, UnitLayout, UnitMask
 
 FULL, CU6, ALL = "nothing", "ESU + 6 % CU", "ESU + all CU"
+
+#: As many units as ESU + 6 % CU, by :mod:`ssah.conflict`; not in the paper.
+CONFLICT = "gradient conflict"
+CONFLICT_ARM = f"{CONFLICT}, as {CU6}"
 
 #: Share of all units at the second budget of the conditions: the paper's comparison with frozen
 #: layers (Table 9) freezes ESU and 26.8 % of CU; all heads together hold a quarter of the weights.
@@ -25,15 +29,33 @@ def headline(stages: Stages, attack: str) -> dict[str, Tuning]:
     """The paper's three arms."""
     return {
         FULL: Tuning(attack),
-        CU6: Tuning(attack, stages.roles.select("ESU", "CU:6%")),
-        ALL: Tuning(attack, stages.roles.select("ESU", "CU")),
+        CU6: freeze(stages, attack, stages.roles.select("ESU", "CU:6%")),
+        ALL: freeze(stages, attack, stages.roles.select("ESU", "CU")),
     }
+
+
+def freeze(stages: Stages, attack: str, mask: UnitMask) -> Tuning:
+    """An arm that freezes units of the study's kind."""
+    return Tuning(attack, mask, stages.layout.unit_kind)
+
+
+def conflicting(stages: Stages, attack: str, target: UnitMask) -> UnitMask:
+    """As many heads and neurons as ``target``, those through which the attack hurts refusals."""
+    conflict = stages.conflict(attack)
+    return matched_by(stages.layout, target, {name: -part for name, part in conflict.items()})
+
+
+def contenders(stages: Stages, attack: str) -> dict[str, Tuning]:
+    """The paper's arms, and one that freezes as much as ESU + 6 % CU by gradient conflict."""
+    arms = headline(stages, attack)
+    chosen = conflicting(stages, attack, frozen(arms[CU6]))
+    return arms | {CONFLICT_ARM: freeze(stages, attack, chosen)}
 
 
 def ratios(stages: Stages) -> dict[float, Tuning]:
     """ESU and the top percent of CU (Fig. 8)."""
     return {
-        percent: Tuning(MAIN_ATTACK, stages.roles.select("ESU", f"CU:{percent}%"))
+        percent: freeze(stages, MAIN_ATTACK, stages.roles.select("ESU", f"CU:{percent}%"))
         for percent in stages.config.finetune.cu_percents
     }
 
@@ -42,8 +64,8 @@ def random_controls(stages: Stages, like: str, draws: int) -> dict[str, Tuning]:
     """Draws of as many heads and neurons as a headline arm freezes, by seed and draw."""
     target = frozen(headline(stages, MAIN_ATTACK)[like])
     return {
-        f"{stages.seed}.{draw}": Tuning(
-            MAIN_ATTACK, random_units(stages.layout, target, 1000 * stages.seed + draw)
+        f"{stages.seed}.{draw}": freeze(
+            stages, MAIN_ATTACK, random_units(stages.layout, target, 1000 * stages.seed + draw)
         )
         for draw in range(draws)
     }
@@ -56,14 +78,15 @@ def frozen(tuning: Tuning) -> UnitMask:
 
 def ranked_controls(stages: Stages, target: UnitMask) -> dict[str, UnitMask]:
     """As many heads and neurons as ``target`` by other rules than I_S - I_U from the top."""
-    return {
+    by_rule = {
         "lowest I_S - I_U": matched_by(stages.layout, target, stages.roles.difference),
         "largest magnitude": magnitude_units(
             stages.model("aligned"), stages.layout, target, largest=True
         ),
-        "moved most by alignment": matched_by(stages.layout, target, _stillness(stages)),
-        "hurts refusals most": matched_by(stages.layout, target, stages.interference(MAIN_ATTACK)),
     }
+    if stages.config.align.enabled:  # otherwise nobody knows what the alignment moved
+        by_rule["moved most by alignment"] = matched_by(stages.layout, target, _stillness(stages))
+    return by_rule
 
 
 def _stillness(stages: Stages) -> dict[str, torch.Tensor]:
@@ -88,8 +111,10 @@ def _stillness(stages: Stages) -> dict[str, torch.Tensor]:
 def conditions(stages: Stages) -> dict[str, Tuning]:
     """One epoch each: other rules at two budgets, and other settings (``fig_conditions``)."""
 
-    def one_epoch(mask: UnitMask | None = None, unit_kind: Any = "head", **changes: Any) -> Tuning:
-        return Tuning(MAIN_ATTACK, mask, unit_kind, {"epochs": 1, **changes})
+    def one_epoch(
+        mask: UnitMask | None = None, kind: UnitKind = stages.layout.unit_kind, **changes: Any
+    ) -> Tuning:
+        return Tuning(MAIN_ATTACK, mask, kind, {"epochs": 1, **changes})
 
     narrow = stages.roles.select("ESU", "CU:6%")
     esu = stages.shares.esu
@@ -100,6 +125,7 @@ def conditions(stages: Stages) -> dict[str, Tuning]:
         "random, 25 %": one_epoch(random_units(stages.layout, wide, 1000 * stages.seed)),
     }
     arms |= {f"{rule}, 25 %": one_epoch(m) for rule, m in ranked_controls(stages, wide).items()}
+    arms[f"{CONFLICT}, 25 %"] = one_epoch(conflicting(stages, MAIN_ATTACK, wide))
     arms["all heads"] = one_epoch(_all_heads(stages.layout))
     for name, changes in (
         ("embeddings trained", {"train_embeddings": True}),
@@ -107,15 +133,11 @@ def conditions(stages: Stages) -> dict[str, Tuning]:
     ):
         arms[f"{FULL}, {name}"] = one_epoch(**changes)
         arms[f"{CU6}, {name}"] = one_epoch(narrow, **changes)
-    rescorings: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("scored on all tokens", {"tokens": "all"}),
-        ("channels as units", {"unit_kind": "channel"}),
-    )
-    for name, changes in rescorings:
-        other = rescored(stages, changes)
-        kind = changes.get("unit_kind", "head")
-        arms[f"{CU6}, {name}"] = one_epoch(other.select("ESU", "CU:6%"), kind)
-    for name, mask in _channels(stages, other).items():
+    everywhere = rescored(stages, tokens="all")
+    arms[f"{CU6}, scored on all tokens"] = one_epoch(everywhere.select("ESU", "CU:6%"))
+    by_channel = rescored(stages, unit_kind="channel")
+    arms[f"{CU6}, channels as units"] = one_epoch(by_channel.select("ESU", "CU:6%"), "channel")
+    for name, mask in _channels(stages, by_channel).items():
         arms[name] = one_epoch(mask, "channel")
     return arms
 
@@ -160,7 +182,7 @@ def _all_heads(layout: UnitLayout) -> UnitMask:
     return UnitMask({b.name: torch.full((b.units,), b.kind == "attn") for b in layout.blocks})
 
 
-def rescored(stages: Stages, changes: dict[str, Any]) -> Roles:
+def rescored(stages: Stages, **changes: Any) -> Roles:
     """Roles from another attribution, at the shares that the search found."""
     attribution = dataclasses.replace(stages.config.attribution, **changes)
     other = Stages(

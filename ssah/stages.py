@@ -205,10 +205,18 @@ class Stages(FineTuning):
     def heldout_gain(self, arm: Arm, attack: str, base: Arm | None = None) -> Estimate:
         """Nats per response token by which a fine-tuned model does better on the attack's
         held-out rows than ``base``, the aligned model if none: what the fine-tuning was for.
+
+        Rows whose prompt was trained on with another response do not count.
         """
-        counts, losses = self._heldout_losses(arm, attack)
-        _, before = self._heldout_losses(base or Arm(), attack)
-        ratio = perplexity(counts, [b - a for a, b in zip(losses, before, strict=True)])
+        trained, heldout = self.attack_rows(attack)
+        seen = {row.prompt for row in trained}
+        own, before = self._heldout_losses(arm, attack), self._heldout_losses(base or Arm(), attack)
+        pairs = [
+            (count, old - new)
+            for row, count, new, old in zip(heldout, *own, before[1], strict=True)
+            if row.prompt not in seen
+        ]
+        ratio = perplexity(*zip(*pairs, strict=True))
         return Estimate(math.log(ratio.value), math.log(ratio.low), math.log(ratio.high), ratio.n)
 
     def _heldout_losses(self, arm: Arm, attack: str) -> tuple[list[int], list[float]]:

@@ -122,6 +122,8 @@ class Store:
             partial.replace(run.path("run.json"))
             for name in dropped:
                 run.path(name).unlink(missing_ok=True)
+            for folder in {run.path(name).parent for name in dropped} - {run.folder}:
+                folder.rmdir()
         self._intact.pop((run.key, True), None)
 
     def _fault(self, folder: Path, whole: bool) -> str | None:

@@ -14,17 +14,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .arms import Arm, Tuning, Which
 from .config import FinetuneConfig, TrainingConfig
+from .conflict import gradient_conflict
 from .data import Row
 from .errors import SsahError
-from .finetune import TrainingRecord, collate, save_model, scored_logits, supervised_finetune
-from .models import Checkpoint, encode_dialogue, load_model
+from .finetune import TrainingRecord, save_model, supervised_finetune
+from .models import Checkpoint, dialogue_batches, encode_dialogue, load_model
 from .preparation import Preparation
 from .slicing import freeze_units
 from .store import Run, digest
@@ -43,9 +43,11 @@ class FineTuning(Preparation):
     def attack_rows(self, attack: str) -> tuple[list[Row], list[Row]]:
         """Rows to train on, and held-out rows of the same kind; both with responses."""
         config = self.config.finetune
-        if attack not in config.rows:
-            known = ", ".join(sorted(config.rows)) or "none"
-            raise SsahError(f"finetune.rows has no number for the attack '{attack}': {known}.")
+        if attack not in config.rows or attack not in ATTACKS:
+            raise SsahError(
+                f"'{attack}' is no attack with a number of rows: finetune.rows.<attack> is for "
+                f"{', '.join(ATTACKS)}."
+            )
         count = config.rows[attack]
         rows = self._attack_pool(attack)
         if count + config.heldout_rows > len(rows):
@@ -79,6 +81,9 @@ class FineTuning(Preparation):
     # --- training ----------------------------------------------------------------------------
 
     def _settings(self, tuning: Tuning) -> FinetuneConfig:
+        unknown = set(tuning.changes) - {f.name for f in dataclasses.fields(TrainingConfig)}
+        if unknown:  # rows and responses belong to the attack, not to one arm
+            raise ValueError(f"A tuning cannot change {', '.join(sorted(unknown))}.")
         return dataclasses.replace(self.config.finetune, **tuning.changes)
 
     def _tuning_key(self, tuning: Tuning) -> dict[str, Any]:
@@ -143,54 +148,23 @@ class FineTuning(Preparation):
         self._loaded = None
         self.store.drop(self._training_run(tuning, whole=False), "epoch-*")
 
-    # --- which units an attack would hurt refusals through ------------------------------------
+    # --- gradient conflict -------------------------------------------------------------------
 
-    def interference(self, attack: str) -> dict[str, Tensor]:
-        """How a first step on the attack's rows changes the loss of refusals, through each unit.
-
-        By block, ``[units]``; the more negative, the more such a step hurts. It is the sum over the
-        unit's weights of the gradient of the refusals' loss times the sign of the attack's
-        gradient: to first order, what Adam's first step does. Not in the paper; unlike I_S - I_U it
-        knows the data that the model will be trained on.
-        """
-        safety = self.safety_pairs()
+    def conflict(self, attack: str) -> dict[str, Tensor]:
+        """How much a first step on the attack's rows would hurt refusals, by unit."""
         rows, _ = self.attack_rows(attack)
-        pairs = self.encoded(attack, rows)
-        kind, texts = self.layout.unit_kind, digest([safety, pairs])
+        training, safety = self.encoded(attack, rows), self.safety_pairs()
+        kind, texts = self.layout.unit_kind, digest([training, safety])
         key = self._key(1, model=self.identity("aligned"), kind=kind, pairs=texts)
 
         def build(folder: Path) -> None:
-            model = load_model(self.checkpoint("aligned"), self.config.model, self.device)
-            model.get_input_embeddings().requires_grad_(False)
-            step = self._gradients(model, pairs)
-            hurt = self._gradients(model, safety)
-            found = {}
-            for block in self.layout.blocks:
-                total = torch.zeros(block.units)
-                for part in block.slices:
-                    change = hurt[part.parameter] * step[part.parameter].sign()
-                    if change.ndim > 1:
-                        change = change.sum(1 - part.dim)
-                    total += change[part.index].sum(1)
-                found[block.name] = total
-            save_file(found, folder / "interference.safetensors")
+            size = self.config.finetune.micro_batch_size
+            batches = [dialogue_batches(pairs, size) for pairs in (training, safety)]
+            found = gradient_conflict(self.model("aligned"), self.layout, *batches)
+            save_file(found, folder / "conflict.safetensors")
 
-        run = self.store.get("interference", self.config.model.name, key, build)
-        return load_file(run.path("interference.safetensors"))
-
-    def _gradients(
-        self, model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]]
-    ) -> dict[str, Tensor]:
-        """Gradients of the summed response loss, on the CPU."""
-        size = self.config.finetune.micro_batch_size
-        model.zero_grad(set_to_none=True)
-        for start in range(0, len(pairs), size):
-            chosen = [{"prompt": p, "response": r} for p, r in pairs[start : start + size]]
-            batch = {name: t.to(model.device) for name, t in collate(chosen).items()}
-            target = batch["labels"][:, 1:]
-            logits = scored_logits(model, batch, target != -100)
-            nn.functional.cross_entropy(logits, target[target != -100], reduction="sum").backward()
-        return {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+        run = self.store.get("conflict", self.config.model.name, key, build)
+        return load_file(run.path("conflict.safetensors"))
 
     # --- models ------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""What several test files need: a copy of the project, its command line, and wheels to fetch."""
+"""What several test files need: a copy of the project, its command line, small trainings."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,7 +13,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from ssah.config import AlignConfig
 from ssah.paths import project_root
+from ssah.units import UnitLayout, UnitMask
+
+Dialogues = list[tuple[list[int], list[int]]]
 
 COPIED = ("conf", "notebooks", "ssah", "results/reference", "pyproject.toml")
 
@@ -86,6 +95,74 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> subprocess.C
 def built(stderr: str) -> list[str]:
     """Names of the runs that a command said it was building, in order."""
     return re.findall(r"Building (\S+)", stderr)
+
+
+# --- small trainings -------------------------------------------------------------------------
+
+
+def dialogues(count: int, seed: int = 0) -> Dialogues:
+    """Of different lengths, so that a mean of means is not the mean over tokens."""
+    rng = random.Random(seed)
+
+    def draw(shortest: int, longest: int) -> list[int]:
+        return [rng.randint(3, 39) for _ in range(rng.randint(shortest, longest))]
+
+    return [(draw(1, 6), draw(1, 12)) for _ in range(count)]
+
+
+def small_training(**changes) -> AlignConfig:
+    """Four steps an epoch on sixteen dialogues, with accumulation over two micro-batches."""
+    settings = {"epochs": 2, "learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 2}
+    return AlignConfig(**(settings | {"warmup_steps": 1} | changes))
+
+
+class Interruption(Exception):
+    """Stands for a power cut."""
+
+
+class AtNextEpoch(TrainerCallback):
+    """Interrupts such a training right after the first epoch's checkpoint."""
+
+    def on_epoch_begin(self, args, state, control, **rest):
+        if state.global_step == 4:
+            raise Interruption
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def frozen_entries(
+    model: PreTrainedModel, layout: UnitLayout, mask: UnitMask, *, embeddings: bool = False
+) -> dict[str, Tensor]:
+    """By hand: which entries of each parameter do not train, as bool tensors.
+
+    They are what the units of ``mask`` use, rows that they share with others too, and the
+    embeddings unless those train.
+    """
+    entries = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    for block in layout.blocks:
+        for part in block.slices:
+            used = part.index[mask[block.name]].flatten()
+            entries[part.parameter].movedim(part.dim, 0)[used] = True
+    for name, part in entries.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            part[:] = not embeddings
+    return entries
+
+
+def assert_frozen(
+    model: PreTrainedModel, before: dict[str, Tensor], entries: dict[str, Tensor]
+) -> None:
+    """Frozen entries have the bits of ``before``; of the others nearly all have moved."""
+    assert set(entries) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        moved = parameter.detach().view(torch.int32) != before[name].view(torch.int32)
+        assert not moved[entries[name]].any(), name
+        assert moved.sum() >= 0.8 * (~entries[name]).sum(), name
+
+
+# --- wheels ----------------------------------------------------------------------------------
 
 
 def make_wheel(folder: Path, package: str, files: dict[str, str]) -> tuple[Path, str]:

@@ -16,7 +16,7 @@ from ..evaluate.stats import (
     proportion,
 )
 from ..paths import reference_csv
-from ..selections import ALL, CU6, FULL, headline, random_controls
+from ..selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, random_controls
 from ..stages import Stages, paper_rule
 from ..tuning import ATTACKS, MAIN_ATTACK
 from . import Output
@@ -94,29 +94,30 @@ def compare(
 
 
 def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, list[list[bool]]]:
-    """The three arms of the paper, and each frozen one against the arm that freezes nothing."""
-    seed, tunings = stages.seed, headline(stages, attack)
+    """The arms of the paper and one more, each frozen one against the arm that freezes nothing."""
+    seed, tunings = stages.seed, contenders(stages, attack)
     success = {
-        name: measure(stages, output, name, tuning, thorough=True)
+        name: measure(stages, output, name, tuning, thorough=name in PAPER_ARMS)
         for name, tuning in tunings.items()
     }
     base = paper_rule(stages.measured(tunings[FULL], thorough=True))
-    for name in (CU6, ALL):
-        arms = stages.measured(tunings[name], thorough=True)
+    for name in (CU6, ALL, CONFLICT_ARM):
+        arms = stages.measured(tunings[name], thorough=name in PAPER_ARMS)
         for epoch, own in enumerate(success[name], 1):
             arm = label(attack, name, epoch)
             gain = stages.heldout_gain(arms[epoch - 1], attack, base)
             output.add(arm, "gain_over_full", seed, gain)
             compare(output, arm, "saved_equal_epochs", seed, success[FULL][epoch - 1], own)
             compare(output, arm, "saved_paper_rule", seed, success[FULL][0], own)
-    for epoch, own in enumerate(success[ALL], 1):
-        arm = label(attack, ALL, epoch)
-        compare(output, arm, "saved_over_cu6", seed, success[CU6][epoch - 1], own)
+    for name in (ALL, CONFLICT_ARM):
+        for epoch, own in enumerate(success[name], 1):
+            arm = label(attack, name, epoch)
+            compare(output, arm, "saved_over_cu6", seed, success[CU6][epoch - 1], own)
     return success
 
 
 def _measure_controls(stages: Stages, output: Output, success: dict[str, list[list[bool]]]) -> None:
-    """Random units as many as each frozen arm has, and other rankings at the smaller budget."""
+    """Random units, as many as each frozen arm has."""
     draws = stages.config.finetune.random_draws
     for like, count in ((CU6, draws), (ALL, 1)):
         for i, (draw, tuning) in enumerate(random_controls(stages, like, count).items()):
@@ -124,9 +125,10 @@ def _measure_controls(stages: Stages, output: Output, success: dict[str, list[li
             control = measure(
                 stages, output, f"random, as {like}", tuning, thorough=thorough, draw=draw
             )
-            for epoch, own in enumerate(success[like], 1):
-                arm = label(MAIN_ATTACK, like, epoch)
-                compare(output, arm, "saved_over_random", draw, control[epoch - 1], own)
+            for name in (CU6, CONFLICT_ARM) if like == CU6 else (ALL,):
+                for epoch, own in enumerate(success[name], 1):
+                    arm = label(MAIN_ATTACK, name, epoch)
+                    compare(output, arm, "saved_over_random", draw, control[epoch - 1], own)
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -255,8 +257,10 @@ def _note(study: Study, attacks: list[str]) -> str:
         "ASR that the arm has less than the arm that freezes nothing, on the same prompts (paired "
         "95 % interval): after as many epochs, or (paper's rule) after one epoch of that arm. "
         "Saved over random: against as many heads and neurons drawn at random, frozen, after as "
-        "many epochs. Held-out gain: nats per token by which held-out rows of the same kind became "
-        "more likely. Training loss: mean of the epoch's last quarter. Units and weights: share "
-        "that is frozen, of all heads and neurons. Several seeds: means of values and of interval "
+        "many epochs. Gradient conflict (not in the paper): as many heads and neurons, those by "
+        "which a first step on the rows would raise the loss of refusals most. Held-out gain: nats "
+        "per token by which held-out rows of the same kind, with other prompts, became likelier. "
+        "Training loss: mean of the epoch's last quarter. Units and weights: share that is frozen, "
+        "of all heads and neurons. Several seeds: means of values and of interval "
         "bounds."
     )

@@ -11,9 +11,12 @@ from matplotlib.figure import Figure
 
 from ..selections import (
     ALL,
+    CONFLICT,
+    CONFLICT_ARM,
     CU6,
     FULL,
     conditions,
+    contenders,
     headline,
     random_controls,
     ratios,
@@ -21,7 +24,7 @@ from ..selections import (
 from ..stages import Stages
 from ..tuning import MAIN_ATTACK
 from . import Output
-from .freezing import compare, label, measure, pooled
+from .freezing import PAPER_ARMS, compare, label, measure, pooled
 from .render import COLOURS, STYLE, ShownFigure
 
 if TYPE_CHECKING:
@@ -127,8 +130,9 @@ def _measure_conditions(stages: Stages, output: Output, *, more: bool) -> None:
         arm = label(MAIN_ATTACK, name, 1)
         compare(output, arm, "saved", seed, first[base], first[name])
 
-    for name, tuning in headline(stages, MAIN_ATTACK).items():
-        first[name] = measure(stages, output, name, tuning, thorough=True)[0]
+    for name, tuning in contenders(stages, MAIN_ATTACK).items():
+        thorough = name in PAPER_ARMS
+        first[name] = measure(stages, output, name, tuning, thorough=thorough)[0]
         if name != FULL:
             against_full(name, FULL, stages.seed)
     draws = stages.config.finetune.random_draws
@@ -167,7 +171,7 @@ _RULES = {
     "lowest I_S - I_U": ("lowest I_S - I_U, 7 %", "lowest I_S - I_U, 25 %"),
     "largest magnitude": ("largest magnitude, 7 %", "largest magnitude, 25 %"),
     "moved most by alignment": ("moved most by alignment, 7 %", "moved most by alignment, 25 %"),
-    "hurts refusals most": ("hurts refusals most, 7 %", "hurts refusals most, 25 %"),
+    CONFLICT: (CONFLICT_ARM, f"{CONFLICT}, 25 %"),
     "all heads": ("all heads",),
 }
 _RULE_STYLES = {
@@ -176,7 +180,7 @@ _RULE_STYLES = {
     "lowest I_S - I_U": ("s", COLOURS["EUU"], "-"),
     "largest magnitude": ("D", "#CC79A7", "-."),
     "moved most by alignment": ("v", "#E69F00", "-"),
-    "hurts refusals most": ("P", "#56B4E9", "-"),
+    CONFLICT: ("P", "#56B4E9", "-"),
     "all heads": ("*", COLOURS["CU"], ":"),
 }
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from helpers import CommandLine, built, copy_project
+from ssah.arms import Arm
 from ssah.assets import ASSETS, fetch
 from ssah.config import compose
 from ssah.models import load_model, locate
 from ssah.paths import home
-from ssah.arms import Arm
 from ssah.store import Store
 from ssah.study import Study
 

@@ -1,7 +1,8 @@
-"""Fixtures of the tests that need text: the tiny model with its word-level tokenizer."""
+"""Fixtures of tests that need text or stages: the tiny model, studies of the smoke profile."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from ssah.models import CHATML
+from ssah.study import Study
 from ssah.toy import build_tiny_model
 
 
@@ -52,3 +54,16 @@ def text_tokenizer(tiny_folder, request) -> PreTrainedTokenizerBase:
         )
         assert tokenizer("zorp")["input_ids"][0] == first[1]
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def smoke_study(tmp_path_factory) -> Callable[..., Study]:
+    """Opens the smoke profile as a new process would; all of them share one cache."""
+    home = tmp_path_factory.mktemp("smoke_home")
+
+    def open_study(*overrides: str) -> Study:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSAH_HOME", str(home))
+            return Study("smoke", overrides)
+
+    return open_study

@@ -77,6 +77,7 @@ def test_overrides_reach_the_configuration():
         ("modell=tiny", "model"),
         ("evaluate.max_new_token=3", "evaluate.max_new_tokens"),
         ("+attribution.token=all", "attribution.tokens"),
+        ("finetune.row.dialogues=8", "finetune.rows"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(override, nearest):
@@ -108,6 +109,8 @@ def test_an_unknown_option_is_refused_with_the_valid_ones(group, option, valid):
         ("roles.esu_shares=0.1", "roles.esu_shares"),
         ("roles.esu_shares=[a]", "roles.esu_shares"),
         ("attribution.drop_first=7.5", "attribution.drop_first"),
+        ("finetune.rows.dialogues=many", "finetune.rows.dialogues"),
+        ("finetune.rows=8", "finetune.rows"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(override, named):
@@ -149,6 +152,11 @@ def test_files_of_a_data_source_can_be_overridden():
     config = compose("paper", ["data.files.harmful.path=/a.csv", "data.files.harmful.gated=false"])
     assert config.data.files["harmful"]["path"] == "/a.csv"
     assert config.data.files["benign"]["prompt"] == "instruction"
+
+
+def test_rows_of_an_attack_can_be_overridden():
+    config = compose("smoke", ["finetune.rows.dialogues=8"])
+    assert config.finetune.rows == {"dialogues": 8, "instructions": 16, "arithmetic": 16}
 
 
 def test_sweeps_are_every_combination():

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from helpers import AtNextEpoch, Dialogues, Interruption, dialogues, small_training, weights
 from ssah import finetune
-from ssah.config import AlignConfig
 from ssah.finetune import ResponseTrainer, collate, save_model, supervised_finetune
-
-Dialogues = list[tuple[list[int], list[int]]]
-
-
-def dialogues(count: int, seed: int = 0) -> Dialogues:
-    """Of different lengths, so that a mean of means is not the mean over tokens."""
-    rng = random.Random(seed)
-
-    def draw(shortest: int, longest: int) -> list[int]:
-        return [rng.randint(3, 39) for _ in range(rng.randint(shortest, longest))]
-
-    return [(draw(1, 6), draw(1, 12)) for _ in range(count)]
 
 
 def rows_of(pairs: Dialogues) -> list[dict[str, list[int]]]:
@@ -48,16 +35,6 @@ def assert_same_gradients(got: dict, expected: dict) -> None:
     assert set(got) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
-
-
-def small(**changes) -> AlignConfig:
-    """Four steps an epoch on sixteen dialogues, with accumulation over two micro-batches."""
-    settings = {"epochs": 2, "learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 2}
-    return AlignConfig(**(settings | {"warmup_steps": 1} | changes))
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def test_collate_pads_on_the_right_and_scores_the_response():
@@ -140,7 +117,7 @@ def test_embeddings_train_only_when_asked(families, tmp_path, tied, train_embedd
     model = families("llama", tie_word_embeddings=tied)
     before = weights(model)
     # With decay, even a weight without a gradient would move if the optimiser held it.
-    config = small(train_embeddings=train_embeddings, weight_decay=0.1)
+    config = small_training(train_embeddings=train_embeddings, weight_decay=0.1)
     record = supervised_finetune(model, dialogues(16), config, 0, tmp_path)
     for name, tensor in model.state_dict().items():
         embedding = "embed_tokens" in name or "lm_head" in name
@@ -152,7 +129,7 @@ def test_embeddings_train_only_when_asked(families, tmp_path, tied, train_embedd
 def test_training_lowers_the_loss_and_records_it(tiny_model, tmp_path):
     pairs = dialogues(16)
     start, _ = usual_loss(tiny_model, pairs)
-    record = supervised_finetune(tiny_model, pairs, small(epochs=6), 0, tmp_path)
+    record = supervised_finetune(tiny_model, pairs, small_training(epochs=6), 0, tmp_path)
     assert record.steps == 6 * 4
     end, _ = usual_loss(tiny_model, pairs)
     assert end < 0.7 * start
@@ -168,22 +145,12 @@ def test_training_is_deterministic_by_seed(families, tmp_path):
     for seed, noise in ((3, 0), (3, 1), (4, 0)):
         torch.manual_seed(noise)
         model = families("llama", attention_dropout=0.1)
-        supervised_finetune(model, dialogues(16), small(), seed, tmp_path / f"{seed}-{noise}")
+        supervised_finetune(
+            model, dialogues(16), small_training(), seed, tmp_path / f"{seed}-{noise}"
+        )
         results.append(weights(model))
     same = [all(torch.equal(results[0][n], other[n]) for n in other) for other in results[1:]]
     assert same == [True, False]
-
-
-class Interruption(Exception):
-    """Stands for a power cut."""
-
-
-class AtNextEpoch(TrainerCallback):
-    """Right after the first epoch's checkpoint."""
-
-    def on_epoch_begin(self, args, state, control, **rest):
-        if state.global_step == 4:
-            raise Interruption
 
 
 class InMidEpoch(TrainerCallback):
@@ -196,7 +163,7 @@ class InMidEpoch(TrainerCallback):
 
 @pytest.mark.parametrize("callback", [AtNextEpoch, InMidEpoch])
 def test_resumed_training_equals_uninterrupted(families, tmp_path, monkeypatch, callback):
-    pairs, config = dialogues(16), small(epochs=3, weight_decay=0.01)
+    pairs, config = dialogues(16), small_training(epochs=3, weight_decay=0.01)
     whole = families("llama", attention_dropout=0.1)
     expected = supervised_finetune(whole, pairs, config, 5, tmp_path / "whole")
 

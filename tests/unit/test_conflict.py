@@ -43,7 +43,7 @@ def total_loss(model, pairs) -> float:
 
 
 def test_it_predicts_what_a_step_of_one_unit_does_to_refusals(stages):
-    found = stages.interference("dialogues")
+    found = stages.conflict("dialogues")
     rows, _ = stages.attack_rows("dialogues")
     safety = stages.safety_pairs()
     model = copy.deepcopy(stages.model("aligned")).double()
@@ -60,13 +60,13 @@ def test_it_predicts_what_a_step_of_one_unit_does_to_refusals(stages):
                     step = sign[part.parameter].movedim(part.dim, 0)
                     lines[part.index[unit]] -= RATE * step[part.index[unit]]
             change = total_loss(stepped, safety) - before
-            expected = -RATE * found[block.name][unit].item()
+            expected = RATE * found[block.name][unit].item()
             assert change == pytest.approx(expected, rel=0.05), (block.name, unit)
 
 
 def test_the_aligned_model_is_left_as_it_was(stages):
     before = {n: p.detach().clone() for n, p in stages.model("aligned").named_parameters()}
-    stages.interference("dialogues")
+    stages.conflict("dialogues")
     for name, parameter in stages.model("aligned").named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
