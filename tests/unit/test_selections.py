@@ -282,6 +282,6 @@ def test_rescored_roles_keep_the_shares_and_the_kinds(smoke_study):
     assert sizes(roles.mask("RU")) == sizes(stages.roles.mask("RU")) == (7, 0)
     for group in ("ESU", "EUU"):
         assert roles.mask(group).count() == stages.roles.mask(group).count()
-    same = selections.rescored(stages, {})
+    same = selections.rescored(stages)
     for name, label in stages.roles.labels.items():
         assert same.labels[name].tolist() == label.tolist()
