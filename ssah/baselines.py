@@ -14,6 +14,16 @@ from .units import BlockKind, UnitLayout, UnitMask
 KINDS: tuple[BlockKind, ...] = ("attn", "mlp")
 
 
+def sized(layout: UnitLayout, heads: float, neurons: float) -> UnitMask:
+    """Some mask that holds these fractions of the heads and of the neurons: a target of a size."""
+    kind = layout.flatten({b.name: torch.full((b.units,), b.kind == "attn") for b in layout.blocks})
+    chosen = torch.zeros(layout.units, dtype=torch.bool)
+    for members, fraction in ((kind, heads), (~kind, neurons)):
+        positions = members.nonzero().flatten()
+        chosen[positions[: round(fraction * len(positions))]] = True
+    return UnitMask(layout.split(chosen))
+
+
 def matched_by(layout: UnitLayout, target: UnitMask, rank: dict[str, Tensor]) -> UnitMask:
     """The lowest-ranked units, as many heads and as many neurons as ``target`` has.
 

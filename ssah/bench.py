@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attribution import collect_statistics
-from .baselines import magnitude_units, random_units
+from .baselines import magnitude_units, random_units, sized
 from .finetune import scored_logits
 from .models import dialogue_batches, encode_dialogue
 from .runtime import peak_memory_mib, seed_everything
@@ -134,21 +134,15 @@ def _steps(name: str, profile: str, overrides: list[str], steps: int) -> tuple[f
 
 
 def _redundant(stages: Stages, model: PreTrainedModel) -> tuple[UnitLayout, UnitMask]:
-    """A fifth of the units, all neurons, by one ranking over all layers, as RU are."""
+    """A fifth of the neurons, by one ranking over all layers, as RU are."""
     layout = stages.layout_of(model)
-    order = torch.zeros(layout.units, dtype=torch.bool)
-    neurons = torch.cat([torch.full((b.units,), b.kind == "mlp") for b in layout.blocks])
-    order[neurons.nonzero().flatten()[: layout.units // 5]] = True
-    as_many = UnitMask(layout.split(order))
-    return layout, magnitude_units(model, layout, as_many, largest=False)
+    return layout, magnitude_units(model, layout, sized(layout, 0, 0.2), largest=False)
 
 
 def _safety(stages: Stages, model: PreTrainedModel) -> tuple[UnitLayout, UnitMask]:
-    """7.3 % of the units: as many as ESU and 6 % CU of the paper."""
+    """As many units as the paper's ESU and 6 % CU."""
     layout = stages.layout_of(model)
-    order = torch.zeros(layout.units, dtype=torch.bool)
-    order[: round(0.073 * layout.units)] = True
-    return layout, random_units(layout, UnitMask(layout.split(order)), seed=0)
+    return layout, random_units(layout, sized(layout, 0.073, 0.073), seed=0)
 
 
 @contextmanager

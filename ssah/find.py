@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .attribution import collect_statistics, unit_scores
-from .baselines import matched_by
+from .baselines import matched_by, sized
 from .conflict import gradient_conflict
 from .models import dialogue_batches, encode_dialogue
 from .roles import Roles, Shares, classify
@@ -71,7 +70,5 @@ def find_conflicts(
         for pairs in (training, safety)
     ]
     conflict = gradient_conflict(model, layout, *batches)
-    size = UnitMask(
-        {b.name: torch.arange(b.units) < round(fraction * b.units) for b in layout.blocks}
-    )
+    size = sized(layout, fraction, fraction)
     return matched_by(layout, size, {name: -part for name, part in conflict.items()})

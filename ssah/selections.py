@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from .arms import Tuning
-from .baselines import magnitude_units, matched_by, random_units
+from .baselines import magnitude_units, matched_by, random_units, sized
 from .roles import Roles, classify
 from .stages import Stages
 from .tuning import MAIN_ATTACK
@@ -126,7 +126,7 @@ def conditions(stages: Stages) -> dict[str, Tuning]:
     }
     arms |= {f"{rule}, 25 %": one_epoch(m) for rule, m in ranked_controls(stages, wide).items()}
     arms[f"{CONFLICT}, 25 %"] = one_epoch(conflicting(stages, MAIN_ATTACK, wide))
-    arms["all heads"] = one_epoch(_all_heads(stages.layout))
+    arms["all heads"] = one_epoch(sized(stages.layout, heads=1, neurons=0))
     for name, changes in (
         ("embeddings trained", {"train_embeddings": True}),
         ("lower rate", {"learning_rate": stages.config.finetune.learning_rate * 0.4}),
@@ -149,17 +149,13 @@ def _channels(stages: Stages, by_channel: Roles) -> dict[str, UnitMask]:
     it, by the mean of these channels; so all halves hold the same number of weights.
     """
     layout = stages.layout_for("channel")
-    path = _all_heads(layout)
-    half = layout.split(torch.zeros(layout.units, dtype=torch.bool))
-    for name, part in path.items():
-        half[name][: int(part.sum()) // 2] = True
-    target = UnitMask(half)
+    target = sized(layout, heads=0.5, neurons=0)
     generator = torch.Generator().manual_seed(1000 * stages.seed)
     chance = layout.split(torch.rand(layout.units, generator=generator))
     lowest, drawn = (_by_value_row(layout, r) for r in (by_channel.difference, chance))
     highest = {name: -part for name, part in lowest.items()}
     return {
-        "value-output path": path,
+        "value-output path": sized(layout, heads=1, neurons=0),
         "half of it, highest I_S - I_U": matched_by(layout, target, highest),
         "half of it, random": matched_by(layout, target, drawn),
         "half of it, lowest I_S - I_U": matched_by(layout, target, lowest),
@@ -175,11 +171,6 @@ def _by_value_row(layout: UnitLayout, rank: dict[str, torch.Tensor]) -> dict[str
             sums = torch.zeros(int(rows.max()) + 1).index_add_(0, rows, rank[block.name].float())
             shared[block.name] = (sums / rows.bincount().clamp(min=1))[rows]
     return shared
-
-
-def _all_heads(layout: UnitLayout) -> UnitMask:
-    """All of attention, by heads or by channels."""
-    return UnitMask({b.name: torch.full((b.units,), b.kind == "attn") for b in layout.blocks})
 
 
 def rescored(stages: Stages, **changes: Any) -> Roles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssah.baselines import magnitude_units, matched_by, random_units
+from ssah.baselines import magnitude_units, matched_by, random_units, sized
 from ssah.units import UnitLayout, UnitMask
 
 
@@ -97,3 +97,11 @@ def test_matched_by_takes_the_lowest_of_each_kind(layout):
     control = matched_by(layout, target_of(layout, 2, 3), rank)
     assert control["layers.1.attn"].tolist() == [False, False, True, True]
     assert control["layers.1.mlp"].nonzero().flatten().tolist() == [21, 22, 23]
+
+
+@pytest.mark.parametrize(("heads", "neurons"), [(0, 0), (0.5, 0), (0.25, 0.5), (1, 1)])
+def test_a_size_is_a_fraction_of_each_kind(layout, heads, neurons):
+    mask = sized(layout, heads, neurons)
+    for kind, fraction in (("attn", heads), ("mlp", neurons)):
+        units = sum(block.units for block in layout.blocks if block.kind == kind)
+        assert mask.count(kind) == round(fraction * units)

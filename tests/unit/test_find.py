@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import ssah
-from ssah.models import CHATML, encode_dialogue
+from ssah.conflict import gradient_conflict
+from ssah.models import CHATML, dialogue_batches, encode_dialogue
 from ssah.paths import project_root
 from ssah.roles import Shares, classify
 from ssah.toy import ToyHarm
@@ -152,6 +153,29 @@ def test_three_lines_on_a_model_on_disk(tiny_folder, tmp_path):
             # A row that is shared with a frozen head moves no more than the head does.
             assert not same[free].all(1).any(), part.parameter
     assert not torch.equal(first["model.embed_tokens.weight"], last["model.embed_tokens.weight"])
+
+
+def test_conflicts_are_the_highest_of_each_kind(answering_model, text_tokenizer):
+    """A fraction of the heads and of the neurons, and no others come before them."""
+    model, tokenizer = answering_model, text_tokenizer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    mask = ssah.find_conflicts(model, tokenizer, SAFETY, UTILITY, fraction=0.25)
+    layout = ssah.UnitLayout.of(model)
+    batches = [
+        dialogue_batches([encode_dialogue(tokenizer, *pair) for pair in pairs], 4)
+        for pairs in (UTILITY, SAFETY)
+    ]
+    conflict = gradient_conflict(model, layout, *batches)
+    for kind in ("attn", "mlp"):
+        names = [block.name for block in layout.blocks if block.kind == kind]
+        chosen = torch.cat([mask[name] for name in names])
+        scores = torch.cat([conflict[name] for name in names])
+        assert int(chosen.sum()) == round(0.25 * len(chosen)) > 0
+        assert scores[chosen].min() > scores[~chosen].max()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
 
 
 def test_every_public_name_resolves():
