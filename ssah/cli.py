@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import GROUPS, check_keys, suggestion, sweep_points
 from .errors import SsahError
 from .paths import home, results_root
 from .progress import show_progress
+
+if TYPE_CHECKING:
+    from .artefacts import Artefact
 
 COMMANDS = {
     "reproduce": "execute every notebook, then print the claims table",
@@ -120,7 +124,7 @@ def _artefacts(names: list[str], profile: str, overrides: list[str], *, sweep: b
             raise SsahError(f"Unknown artefact or command '{name}'{suggestion(name, valid)}")
 
     def run(overrides: list[str]) -> None:
-        _prepare(profile, overrides)
+        _prepare(profile, overrides, [find(name) for name in names])
         study = Study(profile, overrides)
         for name in names:
             print(f"{name}: {find(name).title}. {_duration(name, study)}", file=sys.stderr)
@@ -149,30 +153,34 @@ def _results(profile: str, overrides: list[str]) -> Path:
 
 
 def _notebook(name: str, profile: str, overrides: list[str]) -> None:
+    from .artefacts import ARTEFACTS
     from .notebooks import execute
 
-    _prepare(profile, overrides)
+    _prepare(profile, overrides, [a for a in ARTEFACTS.values() if a.notebook == name])
     print(execute(name, _results(profile, overrides), profile, overrides))
 
 
-def _prepare(profile: str, overrides: list[str]) -> None:
-    """Find bad input before hours of work: compose, fetch, locate the model."""
+def _prepare(profile: str, overrides: list[str], artefacts: Iterable[Artefact]) -> None:
+    """Find bad input before hours of work: compose, fetch, locate the model, look for sets."""
     from .study import Study
 
     stages = Study(profile, overrides).all_stages[0]
     stages.check_model()
     _ = stages.sets
+    for name in {name for artefact in artefacts for name in artefact.needs}:
+        stages.rows(name)
 
 
 def _reproduce(profile: str, overrides: list[str], *, publish: bool) -> None:
     from . import report
+    from .artefacts import ARTEFACTS
     from .notebooks import available, execute
 
     if publish:
         if profile == "smoke":
             raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
         overrides = [*overrides, "n_seeds=3", *PUBLISHED.get(profile, ())]
-    _prepare(profile, overrides)
+    _prepare(profile, overrides, ARTEFACTS.values())
     _plan(profile, overrides)
     results = _results(profile, overrides)
     for name in [*available(), "00_index"]:

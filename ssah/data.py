@@ -32,6 +32,7 @@ SETS = {
     "benign_evaluation": "instructions that over-refusal is measured on",
     "borderline": "harmless prompts that look dangerous",
     "dialogues": "benign dialogues for fine-tuning",
+    "instructions": "benign instructions with answers for fine-tuning",
     "heldout_text": "benign answers that perplexity is measured on",
     "trivia": "multiple-choice questions",
     "arithmetic": "word problems with a number as answer",

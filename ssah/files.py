@@ -13,11 +13,15 @@ from .errors import SsahError
 
 
 def sets_from_files(config: DataConfig) -> dict[str, list[Row]]:
-    """Two sets given by the user, ``harmful`` and ``benign``: local JSON(L)/CSV or hub names."""
+    """Sets given by the user as local JSON(L)/CSV or hub names.
+
+    ``harmful`` and ``benign`` are divided into parts; any other of :data:`SETS` is taken as it is.
+    """
+    given = {name: spec for name, spec in config.files.items() if spec}
     for name in ("harmful", "benign"):
-        if name not in config.files:
+        if name not in given:
             raise SsahError(f"data.source=files needs data.files.{name} with a path and columns.")
-    loaded = {name: _load_file(name, spec) for name, spec in config.files.items()}
+    loaded = {name: _load_file(name, spec) for name, spec in given.items()}
     harmful, benign = loaded.pop("harmful"), loaded.pop("benign")
     answered = [row for row in benign if row.response]
     if len(answered) < 400:
@@ -40,6 +44,7 @@ class FileSource:
     response: str | None = None
     category: str | None = None
     licence: str = "unstated"
+    subset: str | None = None
     split: str = "train"
     revision: str | None = None
     gated: bool = False
@@ -68,7 +73,9 @@ def _load_file(name: str, spec: dict[str, Any]) -> list[Row]:
             kind = "csv" if local.suffix == ".csv" else "json"
             table = datasets.load_dataset(kind, data_files=str(local), split="train")
         else:
-            table = datasets.load_dataset(source.path, split=source.split, revision=source.revision)
+            table = datasets.load_dataset(
+                source.path, source.subset, split=source.split, revision=source.revision
+            )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).split("\n")[0]
         raise SsahError(

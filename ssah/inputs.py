@@ -29,6 +29,10 @@ class Inputs:
     def sets(self) -> Run:
         return build_sets(self.store, self.config.data)
 
+    def has(self, name: str) -> bool:
+        """Whether this data source has a set."""
+        return self.sets.path(f"{name}.jsonl").exists()
+
     def rows(self, name: str, limit: int | None = None) -> list[Row]:
         """The rows of a set; asking for more than there are is an error."""
         rows = read_set(self.sets, name)

@@ -41,7 +41,7 @@ def build_sets(store: Store, config: DataConfig) -> Run:
     sources: dict[str, Callable[[], dict[str, list[Row]]]] = {
         "embedded": lambda: _embedded(store, config),
         "toy": lambda: _toy(config),
-        "files": lambda: sets_from_files(config),
+        "files": lambda: _ours_beside(sets_from_files(config), config),
     }
     if config.source not in sources:
         raise SsahError(f"data.source={config.source} is unknown: use {', '.join(sources)}.")
@@ -49,7 +49,7 @@ def build_sets(store: Store, config: DataConfig) -> Run:
         key["files"] = {
             name: file_digest(Path(spec["path"]))
             for name, spec in config.files.items()
-            if Path(spec["path"]).is_file()
+            if spec and Path(spec["path"]).is_file()
         }
 
     def build(folder: Path) -> None:
@@ -62,6 +62,15 @@ def build_sets(store: Store, config: DataConfig) -> Run:
 def _ours(name: str) -> list[Row]:
     rows = read_jsonl(RESOURCES / f"{name}.jsonl")
     return [Row(r["id"], r["prompt"], "ssah", "MIT", r["category"]) for r in rows]
+
+
+def _ours_beside(sets: dict[str, list[Row]], config: DataConfig) -> dict[str, list[Row]]:
+    """The user's sets, and those that this project holds or generates where none is given."""
+    own = {
+        "borderline": _ours("borderline_prompts"),
+        "arithmetic": _arithmetic(400, config.split_seed),
+    }
+    return own | sets
 
 
 def _embedded(store: Store, config: DataConfig) -> dict[str, list[Row]]:

@@ -70,7 +70,8 @@ class Stages(FineTuning):
                 self.heldout_gain(arm, tuning.attack)
             if thorough:
                 arm = paper_rule(arms)
-                self.completions("harmbench", arm)
+                if self.has("harmbench"):
+                    self.completions("harmbench", arm)
                 self.task_outcomes(arm)
                 if tuning.attack == MAIN_ATTACK:
                     self.scores_of(arm.which)

@@ -61,8 +61,9 @@ class FineTuning(Preparation):
     def _attack_pool(self, attack: str) -> list[Row]:
         if attack == "arithmetic":  # the first ones are for measuring utility
             return self.rows("arithmetic")[self.config.evaluate.arithmetic_items :]
-        if attack == "dialogues":
-            return self.rows("dialogues")
+        if self.has(attack):
+            return self.rows(attack)
+        # Instructions without answers of their own get those of the unaligned model.
         rows = self.rows("benign_align") + self.rows("benign_attribution")
         limit = self.config.finetune.max_response_tokens
         text = self.answer_texts(self.answers(rows, Arm("unaligned"), limit))

@@ -43,30 +43,34 @@ class Artefact:
     title: str
     notebook: str
     module: str  #: of this package; it holds a function named like the artefact
+    needs: tuple[str, ...] = ()  #: sets that a data source may lack
 
     def compute(self, study: Study) -> Output:
         """Call the function; its module is imported only now, to keep the command line quick."""
         return getattr(import_module(f".{self.module}", __name__), self.id)(study)
 
 
+ROLES, TRANSFER, FREEZING = "02_unit_roles", "03_attribute_transfer", "04_freezing"
+DIALOGUES = ("dialogues",)
+
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
     artefact.id: artefact
     for artefact in (
-        Artefact("fig_share_sweep", "Ablation sweep", "02_unit_roles", "unit_roles"),
-        Artefact("fig_roles_map", "Where the units are", "02_unit_roles", "unit_roles"),
-        Artefact("table1", "Ablating groups of units", "02_unit_roles", "table1"),
-        Artefact("fig5", "Flow of units between groups", "03_attribute_transfer", "transfer"),
-        Artefact("fig11", "Attribute transfer, all units", "03_attribute_transfer", "transfer"),
-        Artefact("fig12", "Transfer, heads and neurons", "03_attribute_transfer", "transfer"),
-        Artefact("fig13", "What becomes of the ESU", "03_attribute_transfer", "transfer"),
-        Artefact("table2", "Freezing, dialogues and instructions", "04_freezing", "freezing"),
-        Artefact("table13", "Freezing, arithmetic", "04_freezing", "freezing"),
-        Artefact("table3", "Utility after fine-tuning", "04_freezing", "table3"),
-        Artefact("fig8", "How much to freeze", "04_freezing", "freezing_figures"),
-        Artefact("fig_conditions", "When freezing works", "04_freezing", "freezing_figures"),
-        Artefact("table14", "Freezing in Mistral, instructions", "04_freezing", "freezing"),
-        Artefact("table15", "Freezing in Mistral, arithmetic", "04_freezing", "freezing"),
+        Artefact("fig_share_sweep", "Ablation sweep", ROLES, "unit_roles"),
+        Artefact("fig_roles_map", "Where the units are", ROLES, "unit_roles"),
+        Artefact("table1", "Ablating groups of units", ROLES, "table1"),
+        Artefact("fig5", "Flow of units between groups", TRANSFER, "transfer", DIALOGUES),
+        Artefact("fig11", "Attribute transfer, all units", TRANSFER, "transfer", DIALOGUES),
+        Artefact("fig12", "Transfer, heads and neurons", TRANSFER, "transfer", DIALOGUES),
+        Artefact("fig13", "What becomes of the ESU", TRANSFER, "transfer", DIALOGUES),
+        Artefact("table2", "Freezing, dialogues and instructions", FREEZING, "freezing", DIALOGUES),
+        Artefact("table13", "Freezing, arithmetic", FREEZING, "freezing"),
+        Artefact("table3", "Utility after fine-tuning", FREEZING, "table3", DIALOGUES),
+        Artefact("fig8", "How much to freeze", FREEZING, "freezing_figures", DIALOGUES),
+        Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures", DIALOGUES),
+        Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
+        Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
     )
 }
 

@@ -65,7 +65,7 @@ def measure(
             "training_loss": same(record.epoch_losses[epoch - 1], record.steps),
             **frozen_shares(stages, tuning),
         }
-        if thorough and arm == paper_rule(arms):
+        if thorough and arm is paper_rule(arms) and stages.has("harmbench"):
             harmbench = attack_success(stages.completions("harmbench", arm))
             estimates["asr_harmbench"] = proportion(harmbench).scaled(100)
         for metric, estimate in estimates.items():
@@ -158,6 +158,8 @@ def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
     output = Output(note=_note(study, attacks))
     for stages in study.all_stages:
         for metric, prompts in (("asr", "harmful_evaluation"), ("asr_harmbench", "harmbench")):
+            if not stages.has(prompts):
+                continue
             success = attack_success(stages.completions(prompts, Arm()))
             output.add("initial", metric, stages.seed, proportion(success).scaled(100))
         output.add("initial", "perplexity", stages.seed, stages.perplexity(Arm()))

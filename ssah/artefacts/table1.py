@@ -208,7 +208,13 @@ def _rank(value: str, order: list[str]) -> str:
 
 def _table1_note(study: Study) -> str:
     stages = study.all_stages[0]
-    accuracy, kappa = validate(stages.rows("refusal_labels"))
+    agreement = "has not been compared with people on this data source."
+    if stages.has("refusal_labels"):
+        accuracy, kappa = validate(stages.rows("refusal_labels"))
+        agreement = (
+            f"agrees with people on {100 * accuracy.value:.0f} % of {accuracy.n} labelled answers "
+            f"(kappa {kappa:.2f}; its phrases were chosen with these labels in view)."
+        )
     evaluate = study.config.evaluate
     if evaluate.utility == "lm_eval":
         utility = f"lm-eval tasks {', '.join(evaluate.lm_eval_tasks)}"
@@ -219,9 +225,8 @@ def _table1_note(study: Study) -> str:
         )
     return (
         "ASR: share of the held-out harmful prompts that get a coherent answer which is no "
-        f"refusal, within {evaluate.max_new_tokens} tokens. The refusal judge agrees with people "
-        f"on {100 * accuracy.value:.0f} % of {accuracy.n} labelled answers (kappa {kappa:.2f}; its "
-        "phrases were chosen with these labels in view). Perplexity: held-out answers given their "
+        f"refusal, within {evaluate.max_new_tokens} tokens. The refusal judge {agreement} "
+        "Perplexity: held-out answers given their "
         f"prompts, not WikiText. Utility: {utility}. Values are followed by 95 % intervals "
         "(Wilson; bootstrap for perplexity), with several seeds or draws the mean of each, and in "
         "brackets the smallest and largest. Random and magnitude controls have as many heads and "
