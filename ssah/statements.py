@@ -252,7 +252,7 @@ CLAIMS = (
     Claim(
         "conflict_keeps_safety",
         "table2",
-        "Not in the paper: freezing as many units by gradient conflict lowers it (two epochs)",
+        "Not in the paper: freezing as many units by gradient conflict lowers ASR (two epochs)",
         "dialogues: gradient conflict, as ESU + 6 % CU, 2 epochs",
         "saved_paper_rule",
         0,

@@ -109,17 +109,24 @@ def fig_conditions(study: Study) -> Output:
     for index, stages in enumerate(study.all_stages):
         more = index < study.config.finetune.condition_seeds
         _measure_conditions(stages, output, more=more)
-    output.figure = _draw_conditions(pd.DataFrame(output.metrics))
+    frame = pd.DataFrame(output.metrics)
+    own = frame["seed"].astype(str).str.split(".").str[0].astype(int)
+    output.figure = _draw_conditions(frame, frame[own.isin(_full_seeds(study))])
     return output
 
 
+def _full_seeds(study: Study) -> list[int]:
+    """The seeds for which all arms were run; all seeds where only table 2's were."""
+    return study.seeds[: study.config.finetune.condition_seeds] or study.seeds
+
+
 def _which_seeds(study: Study) -> str:
-    """For which seeds the arms beyond table 2's were run."""
-    full = study.seeds[: study.config.finetune.condition_seeds]
-    if not full:
+    full = _full_seeds(study)
+    if not study.config.finetune.condition_seeds:
         return " Only the arms of table 2 are shown: `finetune=wide` runs the others."
     if len(full) < len(study.seeds):
-        return f" The arms beyond table 2's: seed {', '.join(map(str, full))} only."
+        some = ", ".join(map(str, full))
+        return f" The left panel and the arms beyond table 2's: seed {some} only."
     return ""
 
 
@@ -152,16 +159,21 @@ def _measure_conditions(stages: Stages, output: Output, *, more: bool) -> None:
             against_full(name, base if base in first else FULL, stages.seed)
 
 
-def _draw_conditions(frame: pd.DataFrame) -> Figure:
+def _draw_conditions(frame: pd.DataFrame, comparable: pd.DataFrame) -> Figure:
+    """``comparable``: the rows of those seeds that have every arm."""
+    with plt.style.context(STYLE):
+        figure = ShownFigure(figsize=(10, 5))
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+        _draw_trade_off(left, _first_epoch(comparable))
+        _draw_saved(right, _first_epoch(frame))
+    return figure
+
+
+def _first_epoch(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one epoch, with the arm's ``name`` alone."""
     frame = frame[frame["arm"].str.endswith(", 1 epoch")]
     names = frame["arm"].str.removeprefix(f"{MAIN_ATTACK}: ").str.removesuffix(", 1 epoch")
-    frame = frame.assign(name=names)
-    with plt.style.context(STYLE):
-        figure = ShownFigure(figsize=(10, 4.6))
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-        _draw_trade_off(left, frame)
-        _draw_saved(right, frame)
-    return figure
+    return frame.assign(name=names)
 
 
 #: Rule -> its arms from a small budget to a large one; all start where nothing is frozen.
@@ -202,7 +214,8 @@ def _draw_saved(axes: Axes, frame: pd.DataFrame) -> None:
     saved = {name: pooled(group, "saved") for name, group in frame.groupby("name", sort=False)}
     shown = [(name, estimate) for name, estimate in saved.items() if estimate is not None][::-1]
     for row, (name, e) in enumerate(shown):
-        colour = COLOURS["random"] if name.startswith("random") else COLOURS["ESU"]
+        drawn = "random" in name
+        colour = COLOURS["random"] if drawn else COLOURS["EUU" if CONFLICT in name else "ESU"]
         bars = [[e.value - e.low], [e.high - e.value]]
         axes.errorbar(e.value, row, xerr=bars, fmt="o", ms=4, color=colour, capsize=2, lw=1)
     axes.axvline(0, color="grey", lw=0.8)
