@@ -131,6 +131,8 @@ def timings() -> dict[str, Time]:
     if not path.exists():
         return {}
     frame = pd.read_csv(path, dtype={"seeds": str}).set_index("artefact")
+    if "added_seconds" not in frame:  # published by an earlier version
+        return {}
     times = {}
     for name in ARTEFACTS:
         if name in frame.index:

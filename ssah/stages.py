@@ -244,13 +244,14 @@ class Stages(FineTuning):
                 [],
                 lambda m: lm_eval_outcomes(m, tokenizer, tasks, limit, batch),
             )
-        trivia = self.rows("trivia", evaluate.trivia_items)
-        sums = self.rows("arithmetic", evaluate.arithmetic_items)
-        return {
-            "trivia": self._score(
+        outcomes = {}
+        if self.has("trivia"):  # the user's own files have no multiple choice
+            trivia = self.rows("trivia", evaluate.trivia_items)
+            outcomes["trivia"] = self._score(
                 "trivia", arm, trivia, lambda m: multiple_choice(m, tokenizer, trivia, batch)
-            ),
-            "arithmetic": self._score(
-                "arithmetic", arm, sums, lambda m: exact_match(m, tokenizer, sums, batch)
-            ),
-        }
+            )
+        sums = self.rows("arithmetic", evaluate.arithmetic_items)
+        outcomes["arithmetic"] = self._score(
+            "arithmetic", arm, sums, lambda m: exact_match(m, tokenizer, sums, batch)
+        )
+        return outcomes

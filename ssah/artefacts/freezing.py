@@ -169,8 +169,8 @@ def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
                 _measure_controls(stages, output, by_arm)
     rows = [_own_rows(pd.DataFrame(output.metrics), study), _paper_rows(artefact)]
     table = pd.concat(rows, ignore_index=True).fillna("")
-    first = ["model", "fine-tuning: frozen", *_COLUMNS]
-    output.table = table[[*first, *(c for c in table.columns if c not in first)]]
+    own = [c for c in ("model", "fine-tuning: frozen", *_COLUMNS) if c in table.columns]
+    output.table = table[[*own, *(c for c in table.columns if c not in own)]]
     return output
 
 
