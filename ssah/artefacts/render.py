@@ -89,25 +89,34 @@ def write_times(study: Study, artefact: Artefact, runs: dict[str, float], warm: 
 
     ``runs`` are keys and seconds; ``warm`` is what the artefact takes where all of them are cached.
     """
-    from . import ARTEFACTS
-
-    path = study.results / ".runs.json"
+    path, times = study.results / ".runs.json", study.results / "timings.csv"
     with FileLock(path.with_name(f"{path.name}.lock")):
         known = json.loads(path.read_text()) if path.exists() else {}
         known[artefact.id] = runs
         write_atomically(path, lambda p: p.write_text(json.dumps(known)))
-    ids = list(ARTEFACTS)
-    earlier: set[str] = set()
-    for name in ids[: ids.index(artefact.id)]:
-        earlier.update(known.get(name, ()))
-    row = {
-        "artefact": artefact.id,
-        "seconds": round(sum(runs.values())),
-        "added_seconds": round(sum(s for key, s in runs.items() if key not in earlier)),
-        "warm_seconds": round(warm, 1),
-        **study.stamp,
-    }
-    _merge(study.results / "timings.csv", pd.DataFrame([row]), artefact.id)
+        row = {
+            "artefact": artefact.id,
+            "seconds": round(sum(runs.values())),
+            "added_seconds": 0,
+            "warm_seconds": round(warm, 1),
+            **study.stamp,
+        }
+        _merge(times, pd.DataFrame([row]), artefact.id)
+        frame = _share_out(pd.read_csv(times, dtype={"seeds": str}), known)
+        write_atomically(times, lambda p: frame.to_csv(p, index=False))
+
+
+def _share_out(frame: pd.DataFrame, known: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Count every run's seconds for the first artefact that uses it, in the artefacts' order."""
+    from . import ARTEFACTS
+
+    counted: set[str] = set()
+    for name in ARTEFACTS:
+        runs = known.get(name, {})
+        added = sum(seconds for key, seconds in runs.items() if key not in counted)
+        frame.loc[frame["artefact"] == name, "added_seconds"] = round(added)
+        counted.update(runs)
+    return frame
 
 
 def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:

@@ -67,3 +67,24 @@ def smoke_study(tmp_path_factory) -> Callable[..., Study]:
             return Study("smoke", overrides)
 
     return open_study
+
+
+@pytest.fixture(scope="session")
+def attacked_study(smoke_study, tiny_folder, tmp_path_factory) -> Study:
+    """Of a model whose answers fine-tuning changes: with the tiny one as built, every ASR is 0."""
+    folder = tmp_path_factory.mktemp("attacked")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return smoke_study(
+        "model=local",
+        f"model.source={folder}",
+        "model.chat_template=chatml",
+        "finetune.learning_rate=2e-2",
+        "finetune.random_draws=2",
+    )
