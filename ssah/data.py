@@ -32,12 +32,14 @@ SETS = {
     "benign_evaluation": "instructions that over-refusal is measured on",
     "borderline": "harmless prompts that look dangerous",
     "dialogues": "benign dialogues for fine-tuning",
-    "instructions": "benign instructions with answers for fine-tuning",
     "heldout_text": "benign answers that perplexity is measured on",
     "trivia": "multiple-choice questions",
     "arithmetic": "word problems with a number as answer",
     "refusal_labels": "answers labelled as refusal or compliance by people",
 }
+
+#: Sets that only the user's own source may have; others make do without.
+OPTIONAL_SETS = {"instructions": "benign instructions with answers for fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def read_set(sets: Run, name: str) -> list[Row]:
     """The rows of one set; :class:`SsahError` where this source does not have it."""
     path = sets.path(f"{name}.jsonl")
-    if name not in SETS or not path.exists():
+    if name not in SETS | OPTIONAL_SETS or not path.exists():
         have = ", ".join(sorted(p.stem for p in sets.folder.glob("*.jsonl")))
         raise SsahError(f"This data source has no set '{name}' (it has {have}).")
     return [Row(**{**record, "choices": tuple(record["choices"])}) for record in read_jsonl(path)]

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig
-from .data import SETS, Row, divide_benign, divide_harmful
+from .data import OPTIONAL_SETS, SETS, Row, divide_benign, divide_harmful
 from .errors import SsahError
 
 
 def sets_from_files(config: DataConfig) -> dict[str, list[Row]]:
     """Sets given by the user as local JSON(L)/CSV or hub names.
 
-    ``harmful`` and ``benign`` are divided into parts; any other of :data:`SETS` is taken as it is.
+    ``harmful`` and ``benign`` are divided into parts; any other set is taken as it is.
     """
     given = {name: spec for name, spec in config.files.items() if spec}
     for name in ("harmful", "benign"):
@@ -31,7 +31,7 @@ def sets_from_files(config: DataConfig) -> dict[str, list[Row]]:
         **divide_harmful(harmful, config),
         **divide_benign([row for row in benign if row.id not in heldout]),
         "heldout_text": answered[:200],
-        **{name: rows for name, rows in loaded.items() if name in SETS},
+        **{name: rows for name, rows in loaded.items() if name in SETS | OPTIONAL_SETS},
     }
 
 

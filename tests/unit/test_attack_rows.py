@@ -66,7 +66,7 @@ def test_arithmetic_that_measures_utility_is_never_trained_on(smoke_study, seed)
 
 
 def test_mistakes_name_the_setting(smoke_study, stages):
-    with pytest.raises(SsahError, match=r"finetune\.rows .*'poetry'.*arithmetic, dialogues, instr"):
+    with pytest.raises(SsahError, match=r"'poetry' is no attack.*finetune\.rows"):
         stages.attack_rows("poetry")
     for override in ("finetune.rows.dialogues=41", "finetune.heldout_rows=33"):
         greedy = smoke_study(override).stages(0)
