@@ -185,6 +185,7 @@ def test_a_drop_that_was_cut_short_is_a_drop(root):
     run = ask(store, build)
     kept = run.path("model-1/weights.bin").read_text()
     store.drop(run, "model-*")
+    run.path("model-1").mkdir()
     run.path("model-1/weights.bin").write_text(kept)
     assert ask(Store(root), build, whole=False) == run
     assert build.calls == 1
