@@ -24,7 +24,7 @@ COMMANDS = {
     "claims": "print the claims table of a finished run",
     "notebook": "execute one notebook: ssah notebook 02_unit_roles",
     "assets": "list (with --fetch: download) the embedded model and data",
-    "bench": "time attribution against plain forward passes",
+    "bench": "time attribution and masked fine-tuning against the plain ways",
     "clean-cache": "delete cached runs and downloads",
 }
 

@@ -32,16 +32,7 @@ def gradient_conflict(
     """
     step = _gradients(model, layout, training)
     hurt = _gradients(model, layout, safety)
-    conflict = {}
-    for block in layout.blocks:
-        total = torch.zeros(block.units)
-        for part in block.slices:
-            change = -hurt[part.parameter] * step[part.parameter].sign()
-            if change.ndim > 1:
-                change = change.sum(1 - part.dim)
-            total += change[part.index].sum(1)
-        conflict[block.name] = total
-    return conflict
+    return layout.totals({name: -hurt[name] * step[name].sign() for name in hurt})
 
 
 def _gradients(

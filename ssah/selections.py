@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from .arms import Tuning
 from .baselines import magnitude_units, matched_by, random_units, sized
-from .roles import Roles, classify
+from .roles import Roles
 from .stages import Stages
 from .tuning import MAIN_ATTACK
-from .units import BlockKind, UnitKind, UnitLayout, UnitMask
+from .units import UnitKind, UnitLayout, UnitMask
 
 FULL, CU6, ALL = "nothing", "ESU + 6 % CU", "ESU + all CU"
 
@@ -90,22 +90,12 @@ def ranked_controls(stages: Stages, target: UnitMask) -> dict[str, UnitMask]:
 
 
 def _stillness(stages: Stages) -> dict[str, torch.Tensor]:
-    """Minus the squared distance that alignment moved a unit's weights, by block ``[units]``.
-
-    All weights of the unit count, rows that a group of heads shares for each of its heads.
-    """
-    before = dict(stages.model("unaligned").named_parameters())
-    after = dict(stages.model("aligned").named_parameters())
-    moved = {}
-    for block in stages.layout.blocks:
-        total = torch.zeros(block.units)
-        for part in block.slices:
-            change = (after[part.parameter] - before[part.parameter]).detach().float().cpu() ** 2
-            if change.ndim > 1:
-                change = change.sum(1 - part.dim)
-            total += change[part.index].sum(1)
-        moved[block.name] = -total
-    return moved
+    """Minus the squared distance that alignment moved a unit's weights, by block ``[units]``."""
+    before, after = (
+        {name: p.detach().float().cpu() for name, p in stages.model(which).named_parameters()}
+        for which in ("unaligned", "aligned")
+    )
+    return stages.layout.totals({name: -((after[name] - before[name]) ** 2) for name in after})
 
 
 def conditions(stages: Stages) -> dict[str, Tuning]:
@@ -176,8 +166,5 @@ def _by_value_row(layout: UnitLayout, rank: dict[str, torch.Tensor]) -> dict[str
 def rescored(stages: Stages, **changes: Any) -> Roles:
     """Roles from another attribution, at the shares that the search found."""
     attribution = dataclasses.replace(stages.config.attribution, **changes)
-    other = Stages(
-        dataclasses.replace(stages.config, attribution=attribution), stages.store, stages.seed
-    )
-    kinds = cast(list[BlockKind], stages.config.roles.redundant_kinds)
-    return classify(other.layout, *other.scores, stages.shares, kinds)
+    config = dataclasses.replace(stages.config, attribution=attribution)
+    return Stages(config, stages.store, stages.seed).classify(stages.shares)

@@ -153,6 +153,22 @@ class UnitLayout:
         """Number of weights that the chosen units hold."""
         return sum(int(mask[b.name].sum()) * b.weights_per_unit for b in self.blocks)
 
+    def totals(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum of a number for each weight over every unit's weights, by block ``[units]``.
+
+        ``values`` has a tensor of the parameter's shape for each parameter of the layout. Rows that
+        units share count for each of them.
+        """
+        found = {}
+        for block in self.blocks:
+            total = torch.zeros(block.units)
+            for part in block.slices:
+                value = values[part.parameter]
+                lines = value.sum(1 - part.dim) if value.ndim > 1 else value
+                total += lines[part.index].sum(1)
+            found[block.name] = total
+        return found
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut a flat ``[units]`` tensor into one tensor for each block."""
         parts = flat.split([b.units for b in self.blocks])

@@ -93,13 +93,33 @@ def compare(
     output.add(arm, f"{metric}_p", seed, same(p, len(worse)))
 
 
-def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, list[list[bool]]]:
-    """The arms of the paper and one more, each frozen one against the arm that freezes nothing."""
-    seed, tunings = stages.seed, contenders(stages, attack)
-    success = {
+def measure_contenders(stages: Stages, output: Output, attack: str) -> dict[str, list[list[bool]]]:
+    """Attack success by epoch of the paper's arms and of gradient conflict."""
+    return {
         name: measure(stages, output, name, tuning, thorough=name in PAPER_ARMS)
-        for name, tuning in tunings.items()
+        for name, tuning in contenders(stages, attack).items()
     }
+
+
+def measure_random(
+    stages: Stages, output: Output, like: str, count: int
+) -> dict[str, list[list[bool]]]:
+    """Attack success by epoch of each draw of as many units as ``like`` freezes.
+
+    The first draw for ESU + 6 % CU is the one that attribute transfer is shown for.
+    """
+    return {
+        draw: measure(
+            stages, output, f"random, as {like}", tuning, thorough=like == CU6 and i == 0, draw=draw
+        )
+        for i, (draw, tuning) in enumerate(random_controls(stages, like, count).items())
+    }
+
+
+def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, list[list[bool]]]:
+    """All contenders, each frozen one against the arm that freezes nothing."""
+    seed, tunings = stages.seed, contenders(stages, attack)
+    success = measure_contenders(stages, output, attack)
     base = paper_rule(stages.measured(tunings[FULL], thorough=True))
     for name in (CU6, ALL, CONFLICT_ARM):
         arms = stages.measured(tunings[name], thorough=name in PAPER_ARMS)
@@ -119,13 +139,9 @@ def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, 
 def _measure_controls(stages: Stages, output: Output, success: dict[str, list[list[bool]]]) -> None:
     """Random units, as many as each frozen arm has."""
     draws = stages.config.finetune.random_draws
-    for like, count in ((CU6, draws), (ALL, 1)):
-        for i, (draw, tuning) in enumerate(random_controls(stages, like, count).items()):
-            thorough = like == CU6 and i == 0
-            control = measure(
-                stages, output, f"random, as {like}", tuning, thorough=thorough, draw=draw
-            )
-            for name in (CU6, CONFLICT_ARM) if like == CU6 else (ALL,):
+    for like, count, names in ((CU6, draws, (CU6, CONFLICT_ARM)), (ALL, 1, (ALL,))):
+        for draw, control in measure_random(stages, output, like, count).items():
+            for name in names:
                 for epoch, own in enumerate(success[name], 1):
                     arm = label(MAIN_ATTACK, name, epoch)
                     compare(output, arm, "saved_over_random", draw, control[epoch - 1], own)

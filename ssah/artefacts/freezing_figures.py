@@ -16,15 +16,13 @@ from ..selections import (
     CU6,
     FULL,
     conditions,
-    contenders,
     headline,
-    random_controls,
     ratios,
 )
 from ..stages import Stages
 from ..tuning import MAIN_ATTACK
 from . import Output
-from .freezing import PAPER_ARMS, compare, label, measure, pooled
+from .freezing import compare, label, measure, measure_contenders, measure_random, pooled
 from .render import COLOURS, STYLE, ShownFigure
 
 if TYPE_CHECKING:
@@ -41,7 +39,8 @@ def fig8(study: Study) -> Output:
         "frozen beside the ESU while the model is fine-tuned on dialogues. Lines: after one epoch "
         "and after two; dotted: the arm that freezes nothing; crosses: random units, as many as "
         "ESU + 6 % CU; right: ESU and all CU. Shaded and bars: smallest to largest over seeds (and "
-        "draws); 100 prompts, so each point has an interval of up to 10 points either way (table)."
+        f"draws). ASR is of {study.config.data.evaluation} prompts; the interval of each point is "
+        "in the csv file."
     )
     for stages in study.all_stages:
         base = measure(stages, output, FULL, headline(stages, MAIN_ATTACK)[FULL], thorough=True)
@@ -53,9 +52,7 @@ def fig8(study: Study) -> Output:
                 arm = label(MAIN_ATTACK, name, epoch)
                 compare(output, arm, "saved_equal_epochs", stages.seed, base[epoch - 1], own)
         measure(stages, output, ALL, headline(stages, MAIN_ATTACK)[ALL], thorough=True)
-        controls = random_controls(stages, CU6, study.config.finetune.random_draws)
-        for i, (draw, tuning) in enumerate(controls.items()):
-            measure(stages, output, f"random, as {CU6}", tuning, thorough=i == 0, draw=draw)
+        measure_random(stages, output, CU6, study.config.finetune.random_draws)
     output.figure = _draw_ratios(pd.DataFrame(output.metrics), study)
     return output
 
@@ -77,7 +74,14 @@ def _draw_ratios(frame: pd.DataFrame, study: Study) -> Figure:
             colour = EPOCH_COLOURS[epoch]
             spread = [_spread(frame, f"ESU + {p:g} % CU", epoch) for p in percents]
             mean, low, high = zip(*spread, strict=True)
-            axes.plot(percents, mean, marker=marker, ms=4, color=colour, label=f"{epoch} epoch(s)")
+            axes.plot(
+                percents,
+                mean,
+                marker=marker,
+                ms=4,
+                color=colour,
+                label=f"{epoch} epoch{'s' if epoch > 1 else ''}",
+            )
             axes.fill_between(percents, low, high, color=colour, alpha=0.2, lw=0)
             axes.axhline(_spread(frame, FULL, epoch)[0], color=colour, ls=":", lw=1.2)
             for place, name, shape in ((6, f"random, as {CU6}", "x"), (right, ALL, marker)):
@@ -103,8 +107,8 @@ def fig_conditions(study: Study) -> Output:
         "seeds and draws. Right: points of ASR saved against the arm that freezes nothing under "
         "the same setting, same prompts, mean over seeds (and draws) with 95 % interval (paired). "
         "Budgets: 7 % is ESU + 6 % CU, 25 % ESU and CU up to a quarter of all units; the other "
-        "rules freeze as many heads and as many neurons. 'All heads' are a quarter of the weights."
-        + _which_seeds(study)
+        "rules freeze as many heads and as many neurons. The csv file says what share of the "
+        "weights each arm freezes." + _which_seeds(study)
     )
     for index, stages in enumerate(study.all_stages):
         more = index < study.config.finetune.condition_seeds
@@ -131,32 +135,24 @@ def _which_seeds(study: Study) -> str:
 
 
 def _measure_conditions(stages: Stages, output: Output, *, more: bool) -> None:
-    first: dict[str, list[bool]] = {}
+    success = measure_contenders(stages, output, MAIN_ATTACK)
+    first = {name: by_epoch[0] for name, by_epoch in success.items()}
 
-    def against_full(name: str, base: str, seed: int | str) -> None:
-        arm = label(MAIN_ATTACK, name, 1)
-        compare(output, arm, "saved", seed, first[base], first[name])
+    def against_full(name: str, own: list[bool], seed: int | str, base: str = FULL) -> None:
+        compare(output, label(MAIN_ATTACK, name, 1), "saved", seed, first[base], own)
 
-    for name, tuning in contenders(stages, MAIN_ATTACK).items():
-        thorough = name in PAPER_ARMS
-        first[name] = measure(stages, output, name, tuning, thorough=thorough)[0]
-        if name != FULL:
-            against_full(name, FULL, stages.seed)
-    draws = stages.config.finetune.random_draws
-    for like, count in ((CU6, draws), (ALL, 1)):
-        for i, (draw, tuning) in enumerate(random_controls(stages, like, count).items()):
-            name = f"random, as {like}"
-            thorough = like == CU6 and i == 0
-            first[name] = measure(stages, output, name, tuning, thorough=thorough, draw=draw)[0]
-            against_full(name, FULL, draw)
+    for name in (CU6, ALL, CONFLICT_ARM):
+        against_full(name, first[name], stages.seed)
+    for like, count in ((CU6, stages.config.finetune.random_draws), (ALL, 1)):
+        for draw, control in measure_random(stages, output, like, count).items():
+            against_full(f"random, as {like}", control[0], draw)
     if not more:
         return
     for name, tuning in conditions(stages).items():
         first[name] = measure(stages, output, name, tuning)[0]
-        setting = name.partition(", ")[2]
-        base = f"{FULL}, {setting}"
+        base = f"{FULL}, {name.partition(', ')[2]}"  # nothing frozen under the same setting
         if name != base:
-            against_full(name, base if base in first else FULL, stages.seed)
+            against_full(name, first[name], stages.seed, base if base in first else FULL)
 
 
 def _draw_conditions(frame: pd.DataFrame, comparable: pd.DataFrame) -> Figure:
