@@ -78,33 +78,59 @@ def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) ->
 # --- fine-tuning steps -----------------------------------------------------------------------
 
 
-def fine_tuning(profile: str, overrides: Sequence[str], rounds: int = 3, steps: int = 3) -> str:
-    """Seconds a step and peak memory of each way to train, each in a process of its own.
+def fine_tuning(profile: str, overrides: Sequence[str], pairs: int = 5) -> str:
+    """Seconds a step, relative to full fine-tuning, and memory of each way to train.
 
-    The ways take turns, and a ratio compares neighbours of one round.
+    A way's steps alternate with full steps of a second model, so that a ratio compares neighbours
+    whatever else the machine does; its memory is that of a process of its own.
     """
-    results: dict[str, list[tuple[float, int, int]]] = {name: [] for name in WAYS}
+    lines = [f"one AdamW step on {ROWS} x {TOKENS} tokens, {pairs} pairs with a full step each"]
     context = multiprocessing.get_context("spawn")
-    for _ in range(rounds):
-        for name in WAYS:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                job = pool.submit(_steps, name, profile, list(overrides), steps)
-                results[name].append(job.result())
-    lines = [f"one AdamW step on {ROWS} x {TOKENS} tokens, {rounds} rounds of {steps} steps"]
-    base = [seconds for seconds, _, _ in results["full"]]
-    for name, found in results.items():
-        ratios = [seconds / b for (seconds, _, _), b in zip(found, base, strict=True)]
+    for name in WAYS:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            size, peak = pool.submit(_memory, name, profile, list(overrides)).result()
+        cost = "" if name == "full" else _ratio(name, profile, overrides, pairs)
         lines.append(
-            f"  {name:<32} {statistics.median(s for s, _, _ in found):6.3f} s  "
-            f"x{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})  "
-            f"optimizer state {found[0][1] / 2**20:5.0f} MiB  "
-            f"peak {max(memory for _, _, memory in found)} MiB"
+            f"  {name:<32} {cost:<28} optimizer state {size / 2**20:4.0f} MiB, peak {peak} MiB"
         )
     return "\n".join(lines)
 
 
-def _steps(name: str, profile: str, overrides: list[str], steps: int) -> tuple[float, int, int]:
-    """Median seconds of a step, bytes of optimizer state, and peak memory in MiB."""
+def _ratio(name: str, profile: str, overrides: Sequence[str], pairs: int) -> str:
+    """Median ratio of neighbouring steps, its range, and the median seconds of a full step."""
+    ratios, full = [], []
+    full_way, own_way = (_training(way, profile, overrides) for way in ("full", name))
+    with full_way as (plain, _), own_way as (own, _):
+        for i in range(pairs + 1):  # the first pair allocates
+            steps = [_seconds(plain), _seconds(own)]
+            if i:
+                full.append(steps[0])
+                ratios.append(steps[1] / steps[0])
+    middle, base = statistics.median(ratios), statistics.median(full)
+    return f"x{middle:.3f} ({min(ratios):.3f}-{max(ratios):.3f}) of {base:.2f} s"
+
+
+def _memory(name: str, profile: str, overrides: Sequence[str]) -> tuple[int, int]:
+    """Bytes of optimizer state, and peak memory in MiB, after two steps."""
+    with _training(name, profile, overrides) as (step, optimizer):
+        step()
+        step()
+        tensors = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    on_device = torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else 0
+    return sum(t.numel() * t.element_size() for t in tensors), on_device or peak_memory_mib()
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _training(
+    name: str, profile: str, overrides: Sequence[str]
+) -> Iterator[tuple[Callable[[], None], torch.optim.Optimizer]]:
+    """A step of one way to train, on a model of its own, and the optimizer."""
     stages = Study(profile, overrides).all_stages[0]
     seed_everything(0)
     model = stages.model("unaligned").train()
@@ -115,22 +141,18 @@ def _steps(name: str, profile: str, overrides: list[str], steps: int) -> tuple[f
     scored[:, TOKENS // 2 :] = True  # half prompt, half response
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with WAYS[name](stages, model) as replaced:
-        model = replaced or model
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        times = []
-        for _ in range(steps + 1):  # the first one allocates
-            start = time.perf_counter()
-            logits = scored_logits(model, inputs, scored)
+        trained = replaced or model
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad])
+
+        def step() -> None:
+            logits = scored_logits(trained, inputs, scored)
             nn.functional.cross_entropy(logits, ids[:, 1:][scored]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if model.device.type == "cuda":
+            if trained.device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        tensors = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
-    on_device = torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else 0
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    return statistics.median(times[1:]), size, on_device or peak_memory_mib()
+
+        yield step, optimizer
 
 
 def _redundant(stages: Stages, model: PreTrainedModel) -> tuple[UnitLayout, UnitMask]:
