@@ -28,7 +28,8 @@ ROWS, TOKENS = 8, 128
 
 
 def report(profile: str, overrides: Sequence[str]) -> str:
-    return f"{attribution(profile, overrides)}\n{fine_tuning(profile, overrides)}"
+    steps = fine_tuning(profile, overrides)
+    return f"{attribution(profile, overrides)}\n{steps}"
 
 
 def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) -> str:
@@ -86,12 +87,14 @@ def fine_tuning(profile: str, overrides: Sequence[str], pairs: int = 5) -> str:
     """
     lines = [f"one AdamW step on {ROWS} x {TOKENS} tokens, {pairs} pairs with a full step each"]
     context = multiprocessing.get_context("spawn")
-    for name in WAYS:
+    memory = {}
+    for name in WAYS:  # before this process grows: a child's peak begins with its parent's
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            size, peak = pool.submit(_memory, name, profile, list(overrides)).result()
+            memory[name] = pool.submit(_memory, name, profile, list(overrides)).result()
+    for name, (size, peak) in memory.items():
         cost = "" if name == "full" else _ratio(name, profile, overrides, pairs)
         lines.append(
-            f"  {name:<32} {cost:<28} optimizer state {size / 2**20:4.0f} MiB, peak {peak} MiB"
+            f"  {name:<32} {cost:<36} optimizer state {size / 2**20:4.0f} MiB, peak {peak} MiB"
         )
     return "\n".join(lines)
 
