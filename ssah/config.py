@@ -88,6 +88,7 @@ class FinetuneConfig(TrainingConfig):
     max_response_tokens: int = 24
     cu_percents: list[float] = field(default_factory=list)  #: ratio sweep, beside ESU
     random_draws: int = 1
+    conflict_attacks: list[str] = field(default_factory=list)  #: that gradient conflict is tried on
     condition_seeds: int = 0  #: for how many of the seeds fig_conditions has all its arms
 
 
@@ -142,6 +143,16 @@ class EvaluateConfig:
 
 
 @dataclass
+class ProbesConfig:
+    """Reasoning direction: where states are compared, and on how many queries of each set."""
+
+    positions: list[int] = field(default_factory=lambda: [2, 4, 6, 8, 10])  #: generated tokens
+    opening_tokens: int = 8  #: to which all openings are cut
+    evaluation_queries: int = 50  #: of the evaluation prompts
+    queries: int = 24  #: of every other set, and at words that all models read
+
+
+@dataclass
 class RuntimeConfig:
     """How to run; nothing here changes what is computed beyond rounding."""
 
@@ -163,6 +174,7 @@ class Config:
     roles: RolesConfig = field(default_factory=RolesConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -170,7 +182,8 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 PROFILES = ("laptop", "smoke", "paper")
 GROUPS = (
-    "profile", "model", "data", "align", "attribution", "roles", "finetune", "evaluate", "runtime",
+    "profile", "model", "data", "align", "attribution", "roles", "finetune", "evaluate", "probes",
+    "runtime",
 )  # fmt: skip
 #: Settings that are dictionaries: keys below them are the user's.
 OPEN_KEYS = ("data.files.", "finetune.rows.")

@@ -39,7 +39,10 @@ SETS = {
 }
 
 #: Sets that only the user's own source may have; others make do without.
-OPTIONAL_SETS = {"instructions": "benign instructions with answers for fine-tuning"}
+OPTIONAL_SETS = {
+    "instructions": "benign instructions with answers for fine-tuning",
+    "hexphi": "held-out harm of another author (HEx-PHI, which its authors give out on request)",
+}
 
 
 @dataclass(frozen=True)

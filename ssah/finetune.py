@@ -88,13 +88,19 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class _EachEpoch(TrainerCallback):
-    """Calls back with the number of epochs done, before the checkpoint that says so is written."""
+    """Calls back with the number of epochs done, before the checkpoint that says so is written.
 
-    def __init__(self, act: Callable[[int], None]):
+    No checkpoint is written at the end, where nothing is left to resume.
+    """
+
+    def __init__(self, act: Callable[[int], None] | None):
         self.act = act
 
     def on_epoch_end(self, args, state, control, **rest):
-        self.act(round(state.epoch))
+        if self.act is not None:
+            self.act(round(state.epoch))
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
 
 def supervised_finetune(
@@ -113,9 +119,9 @@ def supervised_finetune(
     """Fine-tune in place on (prompt ids, response ids), resuming from a checkpoint in ``folder``.
 
     On ``anchors`` the model is held to the distribution of ``reference`` instead. The rate falls
-    linearly unless it is constant. A checkpoint is written after each epoch, after a call of
-    ``on_epoch(epochs done)``, and removed at the end. Embeddings (and a tied language-model head)
-    train only with ``config.train_embeddings``. Units stay frozen inside
+    linearly unless it is constant. A checkpoint is written after each epoch but the last, after a
+    call of ``on_epoch(epochs done)``, and removed at the end. Embeddings (and a tied language-model
+    head) train only with ``config.train_embeddings``. Units stay frozen inside
     :func:`ssah.slicing.freeze_units`.
     """
     seed_everything(seed)
@@ -152,7 +158,7 @@ def supervised_finetune(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[_EachEpoch(on_epoch)] if on_epoch else [],
+        callbacks=[_EachEpoch(on_epoch)],
     )
     trainer.reference, trainer.anchor_weight = reference, anchor_weight
     if not sys.stderr.isatty():

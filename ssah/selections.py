@@ -46,8 +46,13 @@ def conflicting(stages: Stages, attack: str, target: UnitMask) -> UnitMask:
 
 
 def contenders(stages: Stages, attack: str) -> dict[str, Tuning]:
-    """The paper's arms, and one that freezes as much as ESU + 6 % CU by gradient conflict."""
+    """The paper's arms, and one that freezes as much as ESU + 6 % CU by gradient conflict.
+
+    The latter on the attacks that the configuration names.
+    """
     arms = headline(stages, attack)
+    if attack not in stages.config.finetune.conflict_attacks:
+        return arms
     chosen = conflicting(stages, attack, frozen(arms[CU6]))
     return arms | {CONFLICT_ARM: freeze(stages, attack, chosen)}
 

@@ -25,7 +25,7 @@ from .data import Row
 from .errors import SsahError
 from .finetune import TrainingRecord, save_model, supervised_finetune
 from .models import Checkpoint, dialogue_batches, encode_dialogue, load_model
-from .preparation import Preparation
+from .probing import Probing
 from .slicing import freeze_units
 from .store import Run, digest
 from .units import UnitKind, UnitLayout
@@ -37,7 +37,7 @@ ATTACKS = {"dialogues": "Dolly", "instructions": "Alpaca", "arithmetic": "GSM8K"
 MAIN_ATTACK = "dialogues"
 
 
-class FineTuning(Preparation):
+class FineTuning(Probing):
     """Adds the fine-tuned models to what can be measured."""
 
     def attack_rows(self, attack: str) -> tuple[list[Row], list[Row]]:

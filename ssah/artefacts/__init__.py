@@ -50,13 +50,21 @@ class Artefact:
         return getattr(import_module(f".{self.module}", __name__), self.id)(study)
 
 
-ROLES, TRANSFER, FREEZING = "02_unit_roles", "03_attribute_transfer", "04_freezing"
+REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
+TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
 DIALOGUES = ("dialogues",)
 
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
     artefact.id: artefact
     for artefact in (
+        Artefact("table11", "The two models of the pair", REASONING, "table11"),
+        Artefact("fig2", "Reasoning direction by token", REASONING, "reasoning"),
+        Artefact("fig3", "Reasoning direction by block", REASONING, "reasoning"),
+        Artefact("fig4", "Beyond content and words", REASONING, "reasoning"),
+        Artefact("fig7", "Other harmful prompts", REASONING, "reasoning"),
+        Artefact("fig_margin", "The model's own choice", REASONING, "choice"),
+        Artefact("fig_readout", "Read-out before any word", REASONING, "choice"),
         Artefact("fig_share_sweep", "Ablation sweep", ROLES, "unit_roles"),
         Artefact("fig_roles_map", "Where the units are", ROLES, "unit_roles"),
         Artefact("table1", "Ablating groups of units", ROLES, "table1"),

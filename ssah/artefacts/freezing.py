@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -12,15 +12,14 @@ from ..evaluate.stats import (
     Estimate,
     paired_difference,
     paired_p_value,
-    pool,
     proportion,
 )
-from ..paths import reference_csv
 from ..selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, random_controls
 from ..stages import Stages, paper_rule
 from ..tuning import ATTACKS, MAIN_ATTACK
 from . import Output
 from .render import format_estimate
+from .summary import paper_rows, pooled, same
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -32,11 +31,6 @@ PAPER_ARMS = {FULL: "full", CU6: "freeze_esu_cu6", ALL: "freeze_esu_cu_all"}
 def label(attack: str, name: str, epoch: int) -> str:
     """How an arm is called in metrics: ``dialogues: ESU + 6 % CU, 2 epochs``."""
     return f"{attack}: {name}, {epoch} epoch{'s' if epoch > 1 else ''}"
-
-
-def same(value: float, n: int) -> Estimate:
-    """A number that is counted, not estimated."""
-    return Estimate(value, value, value, n)
 
 
 def measure(
@@ -121,7 +115,8 @@ def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, 
     seed, tunings = stages.seed, contenders(stages, attack)
     success = measure_contenders(stages, output, attack)
     base = paper_rule(stages.measured(tunings[FULL], thorough=True))
-    for name in (CU6, ALL, CONFLICT_ARM):
+    compared = [name for name in (CU6, ALL, CONFLICT_ARM) if name in success]
+    for name in compared:
         arms = stages.measured(tunings[name], thorough=name in PAPER_ARMS)
         for epoch, own in enumerate(success[name], 1):
             arm = label(attack, name, epoch)
@@ -129,7 +124,7 @@ def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, 
             output.add(arm, "gain_over_full", seed, gain)
             compare(output, arm, "saved_equal_epochs", seed, success[FULL][epoch - 1], own)
             compare(output, arm, "saved_paper_rule", seed, success[FULL][0], own)
-    for name in (ALL, CONFLICT_ARM):
+    for name in compared[1:]:  # beside CU6
         for epoch, own in enumerate(success[name], 1):
             arm = label(attack, name, epoch)
             compare(output, arm, "saved_over_cu6", seed, success[CU6][epoch - 1], own)
@@ -141,7 +136,7 @@ def _measure_controls(stages: Stages, output: Output, success: dict[str, list[li
     draws = stages.config.finetune.random_draws
     for like, count, names in ((CU6, draws, (CU6, CONFLICT_ARM)), (ALL, 1, (ALL,))):
         for draw, control in measure_random(stages, output, like, count).items():
-            for name in names:
+            for name in [n for n in names if n in success]:
                 for epoch, own in enumerate(success[name], 1):
                     arm = label(MAIN_ATTACK, name, epoch)
                     compare(output, arm, "saved_over_random", draw, control[epoch - 1], own)
@@ -218,14 +213,6 @@ _COLUMNS: dict[str, tuple[str, int]] = {
 }
 
 
-def pooled(frame: pd.DataFrame, metric: str) -> Estimate | None:
-    """The mean over seeds and draws of one metric of one arm."""
-    found = frame[frame["metric"] == metric]
-    if found.empty:
-        return None
-    return pool([Estimate(*row) for row in found[["value", "low", "high", "n"]].to_numpy()])
-
-
 def _own_rows(frame: pd.DataFrame, study: Study) -> pd.DataFrame:
     """One row for each arm and epoch, seeds and draws pooled."""
     rows = []
@@ -244,24 +231,11 @@ def _own_rows(frame: pd.DataFrame, study: Study) -> pd.DataFrame:
 
 def _paper_rows(artefact: str) -> pd.DataFrame:
     """The paper's keyword ASR on AdvBench, and Llama Guard's on HEx-PHI beside our HarmBench."""
-    paper = pd.read_csv(reference_csv())
-    paper = paper[paper["artefact"] == artefact]
     wanted = {
         ("advbench", "asr_keyword"): "ASR",
         ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
     }
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for record in paper.to_dict("records"):
-        column = wanted.get((record["benchmark"], record["metric"]))
-        if column:
-            row = rows.setdefault((record["model"], record["setting"]), {})
-            row[column] = f"{record['value']:.1f}"
-    return pd.DataFrame(
-        [
-            {"model": f"paper: {model}", "fine-tuning: frozen": setting, **values}
-            for (model, setting), values in rows.items()
-        ]
-    )
+    return paper_rows(artefact, wanted, "fine-tuning: frozen")
 
 
 def _note(study: Study, attacks: list[str]) -> str:

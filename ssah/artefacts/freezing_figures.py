@@ -22,8 +22,9 @@ from ..selections import (
 from ..stages import Stages
 from ..tuning import MAIN_ATTACK
 from . import Output
-from .freezing import compare, label, measure, measure_contenders, measure_random, pooled
+from .freezing import compare, label, measure, measure_contenders, measure_random
 from .render import COLOURS, STYLE, ShownFigure
+from .summary import pooled
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -141,7 +142,7 @@ def _measure_conditions(stages: Stages, output: Output, *, more: bool) -> None:
     def against_full(name: str, own: list[bool], seed: int | str, base: str = FULL) -> None:
         compare(output, label(MAIN_ATTACK, name, 1), "saved", seed, first[base], own)
 
-    for name in (CU6, ALL, CONFLICT_ARM):
+    for name in [n for n in success if n != FULL]:
         against_full(name, first[name], stages.seed)
     for like, count in ((CU6, stages.config.finetune.random_draws), (ALL, 1)):
         for draw, control in measure_random(stages, output, like, count).items():

@@ -13,8 +13,8 @@ from ..selections import ALL, CU6, FULL, headline
 from ..stages import paper_rule
 from ..tuning import ATTACKS
 from . import Output
-from .freezing import pooled
 from .render import format_estimate
+from .summary import pooled
 
 if TYPE_CHECKING:
     from ..study import Study

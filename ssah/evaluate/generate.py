@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models import encode, pad
 
 
-@torch.inference_mode()
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -23,16 +22,32 @@ def complete(
     sample_seed: int | None = None,
     special_tokens: bool = False,
 ) -> list[str]:
-    """Continuation of each rendered prompt, in the order given: greedy, or sampled from the
-    model's whole distribution (temperature 1) with ``sample_seed``.
+    """Continuation of each rendered prompt as text, by :func:`continuations`.
 
-    Prompts are padded on the left and batched by length, so that equal prompts get equal batch
-    shapes in every arm that is compared. Generation stops at the end-of-turn token. Texts that
-    went through no chat template need ``special_tokens`` (:func:`ssah.models.encode`).
+    Texts that went through no chat template need ``special_tokens`` (:func:`ssah.models.encode`).
     """
     ids = [encode(tokenizer, text, special_tokens=special_tokens) for text in texts]
+    answers = continuations(model, tokenizer, ids, max_new_tokens, batch_size, sample_seed)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    sample_seed: int | None = None,
+) -> list[list[int]]:
+    """Token ids that follow each prompt's, in the order given, without the end-of-turn token:
+    greedy, or sampled from the model's whole distribution (temperature 1) with ``sample_seed``.
+
+    Prompts are padded on the left and batched by length, so that equal prompts get equal batch
+    shapes in every arm that is compared. Generation stops at the end-of-turn token.
+    """
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-    answers = [""] * len(ids)
+    answers: list[list[int]] = [[]] * len(ids)
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
     steps = range(0, len(order), batch_size)
@@ -50,7 +65,7 @@ def complete(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        new = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(chosen, new, strict=True):
-            answers[i] = text
+        for i, row in zip(chosen, output[:, prompt.shape[1] :].tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            answers[i] = row[:end]
     return answers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap, norm
+from scipy.stats import bootstrap, norm, rankdata, spearmanr
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -85,6 +85,40 @@ def perplexity(token_counts: Sequence[int], losses: Sequence[float]) -> Estimate
         (index,), statistic, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return Estimate(value, float(np.exp(found.low)), float(np.exp(found.high)), len(sums))
+
+
+def crossed_mean(values: np.ndarray) -> Estimate:
+    """Mean of ``[rows, columns]``; the interval (bootstrap) resamples both, each on its own.
+
+    For every query with every opening, or every harmful query against every harmless one.
+    """
+    values = np.asarray(values, float)
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.multinomial(n, np.full(n, 1 / n), 1000) / n for n in values.shape)
+    low, high = np.quantile(((rows @ values) * columns).sum(1), (0.025, 0.975))
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> Estimate:
+    """Probability that a positive's score is above a negative's (ties count half)."""
+    a, b = np.asarray(positive, float)[:, None], np.asarray(negative, float)[None]
+    return crossed_mean((a > b) + 0.5 * (a == b))
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Spearman's, with a bootstrap interval over items; 0 where one side does not vary."""
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Estimate(0.0, -1.0, 1.0, len(a))
+    rng, n = np.random.default_rng(0), len(a)
+    resampled = rng.integers(n, size=(1000, n))
+    ranks = [rankdata(x[resampled], axis=1) for x in (a, b)]
+    centred = [r - r.mean(1, keepdims=True) for r in ranks]
+    norms = [np.sqrt((c**2).sum(1)).clip(1e-12) for c in centred]
+    low, high = np.quantile(
+        (centred[0] * centred[1]).sum(1) / (norms[0] * norms[1]), (0.025, 0.975)
+    )
+    return Estimate(float(spearmanr(a, b).statistic), float(low), float(high), n)
 
 
 def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
