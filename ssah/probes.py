@@ -11,6 +11,7 @@ the openings, and a linear read-out of the query before any word is said.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -73,8 +74,12 @@ class Probe:
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cosine over the last dimension, in float64; 0 for equal vectors whatever their type."""
-    a, b = (x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (a, b))
+    """1 - cosine over the last dimension, in float64; 0 for equal vectors whatever their type.
+
+    A vector of zeros has no direction: its distance to any other is 1.
+    """
+    smallest = torch.finfo(torch.float64).tiny
+    a, b = (x / x.norm(dim=-1, keepdim=True).clamp(min=smallest) for x in (a.double(), b.double()))
     return 1 - (a * b).sum(-1)
 
 
@@ -112,21 +117,22 @@ def _probe_query(
     padded = known + [0] * (length - len(known))
     index = torch.tensor(positions) - 1
 
-    clean = _read(model, torch.tensor([query + padded], device=device))
-    cache = clean.past_key_values
-    cache.crop(-length)  # the query alone
+    asked = _read(model, torch.tensor([query], device=device))
+    cache = asked.past_key_values
+    # A copy, since caches of sliding windows cannot be cut back.
+    clean = _read(model, torch.tensor([padded], device=device), copy.deepcopy(cache))
     begun = torch.cat([openings.refusal, openings.compliance, openings.neutral]).to(device)
     cache.batch_repeat_interleave(len(begun))
     opened = _read(model, begun, cache)
     said = _read(model, torch.tensor([padded] * len(begun), device=device), cache)
 
-    state = _states(clean, len(query) + index)[0][:, :, None, None]  # [P, B, 1, 1, hidden]
+    state = _states(clean, index)[0][:, :, None, None]  # [P, B, 1, 1, hidden]
     refusal, compliance, neutral = _states(said, index).split([count, count, len(openings.neutral)])
     others = torch.stack([refusal, compliance]).movedim((0, 1), (2, 3))  # [P, B, 2, O, hidden]
     content = neutral.mean(0)[:, :, None, None]
     ended = (index >= len(known))[:, None, None, None].to(device)
 
-    before = clean.last_hidden_state[:, len(query) - 1, None].expand(2 * count, -1, -1)
+    before = asked.last_hidden_state[:, -1:].expand(2 * count, -1, -1)
     predicting = torch.cat([before, opened.last_hidden_state[: 2 * count, :-1]], 1)
     scores = label_logits(model, predicting).float().log_softmax(-1)
     taken = scores.gather(-1, begun[: 2 * count, :, None]).squeeze(-1).double().cumsum(-1)
@@ -134,7 +140,7 @@ def _probe_query(
         cosine_distance(state, others).masked_fill(ended, torch.nan),
         cosine_distance(state - content, others - content).masked_fill(ended, torch.nan),
         taken.view(2, count, tokens).movedim(-1, 0),
-        _states(clean, torch.tensor([len(query) - 1]))[0, 0],
+        _states(asked, torch.tensor([len(query) - 1]))[0, 0],
     )
     return tuple(part.float().cpu() for part in found)
 

@@ -68,6 +68,8 @@ def _add_margins(output: Output, arm: str, seed: int, probe: Probe) -> None:
     output.add(arm, "margin", seed, crossed_mean(by_token[:, -1:]))
     leans = _leans(probe.distance)
     known = ~np.isnan(leans).any(1)
+    if not known.any():  # no answer is long enough
+        return
     output.add(arm, "lean", seed, crossed_mean(lean(probe.distance.nanmean(1)[known, -1]).numpy()))
     output.add(
         arm, "rank_correlation", seed, rank_correlation(by_token[known, -1], leans[known, -1])

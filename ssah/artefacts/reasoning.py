@@ -72,6 +72,8 @@ def _add_extremes(output: Output, arm: str, seed: int) -> None:
         and row["metric"].startswith("lean")
         and not row["metric"].endswith(EVERY)
     ]
+    if not found:  # no answer is long enough
+        return
     output.add(arm, "least lean", seed, min(found, key=lambda e: e.low))
     output.add(arm, "most lean", seed, max(found, key=lambda e: e.high))
 
@@ -113,7 +115,7 @@ def fig3(study: Study) -> Output:
     output = _output(
         study,
         " Triangles: the block from which on the state is nearer to the run that refuses, in that "
-        "and every later one (interval above zero; median over seeds; none where there is no such "
+        "and every later one (interval above zero; median over the seeds that have such a "
         "block).",
     )
     positions = study.config.probes.positions
@@ -145,9 +147,9 @@ def fig4(study: Study) -> Output:
     )
     positions = study.config.probes.positions
     for stages in study.all_stages:
-        shared = {}
+        shared, by_own = {}, {}
         for model in models(stages):
-            own = stages.probe(model, EVALUATION).residual
+            own = by_own[model] = stages.probe(model, EVALUATION).residual
             arm = f"{model}: content subtracted"
             add_distances(output, arm, stages.seed, own, positions, last=True)
             _add_extremes(output, arm, stages.seed)
@@ -156,9 +158,13 @@ def fig4(study: Study) -> Output:
             arm = f"{model}: same words"
             add_distances(output, arm, stages.seed, shared[model], positions, last=False)
         if "unaligned" in shared:
-            by_query = [lean(shared[m].nanmean(1)[:, -1]) for m in ("aligned", "unaligned")]
-            shift = crossed_mean((by_query[0] - by_query[1]).numpy())
-            output.add("aligned: same words", "lean over unaligned", stages.seed, shift)
+            for what, found in (("content subtracted", by_own), ("same words", shared)):
+                a, b = (lean(found[m].nanmean(1)[:, -1]) for m in ("aligned", "unaligned"))
+                known = (a - b)[~(a - b).isnan().any(1)]
+                if not len(known):
+                    continue
+                shift = crossed_mean(known.numpy())
+                output.add(f"aligned: {what}", "lean over unaligned", stages.seed, shift)
     frame, stages = pd.DataFrame(output.metrics), study.all_stages[0]
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(11, 3.6))
@@ -185,6 +191,9 @@ def _draw_leans(axes: Axes, frame: pd.DataFrame, stages: Stages) -> None:
 def fig7(study: Study) -> Output:
     """Other authors' harmful prompts (Fig. 7, where the paper uses HEx-PHI)."""
     found = [name for name in ELSEWHERE if study.all_stages[0].has(name)]
+    if not found:
+        note = f"This data source has none of the sets {', '.join(ELSEWHERE)} (docs/data.md)."
+        return Output(note=note, figure=ShownFigure(figsize=(4, 1)))
     output = _output(
         study,
         f" {study.config.probes.queries} prompts of each set, spread over it; the paper's HEx-PHI "
