@@ -9,10 +9,25 @@ from .units import UnitKind, UnitMask
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """The aligned model after ``epoch`` epochs on an attack's rows, with the ``frozen`` units kept.
+class Aligning:
+    """The unaligned model, aligned through a part of it: the aligned one is aligned as a whole.
 
-    ``changes`` replace settings of ``finetune``; ``unit_kind`` is that of the mask.
+    Only the ``trained`` units train, or with a ``rank`` LoRA adapters of that rank do: everywhere,
+    or only where they change trained units. ``changes`` replace settings of ``align``.
+    """
+
+    trained: UnitMask | None = None
+    unit_kind: UnitKind = "head"
+    rank: int | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """An aligned model after ``epoch`` epochs on an attack's rows, with the ``frozen`` units kept.
+
+    ``changes`` replace settings of ``finetune``; ``unit_kind`` is that of the mask; ``base`` is
+    what is attacked.
     """
 
     attack: str
@@ -20,9 +35,10 @@ class Tuning:
     unit_kind: UnitKind = "head"
     changes: dict[str, Any] = field(default_factory=dict)
     epoch: int = 1
+    base: Literal["aligned"] | Aligning = "aligned"
 
 
-Which = Literal["unaligned", "aligned"] | Tuning
+Which = Literal["unaligned", "aligned"] | Aligning | Tuning
 
 
 @dataclass(frozen=True)

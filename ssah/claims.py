@@ -11,9 +11,6 @@ from .evaluate.stats import Estimate, pool
 from .paths import reference_csv, results_root
 from .statements import CLAIMS, Claim
 
-#: The paper's model that its number in the claims table is taken from.
-PAPER_MODEL = "Llama-2-7B-Chat"
-
 
 def measured(claim: Claim, results: Path) -> Estimate | None:
     """The estimate behind a claim from a results folder's metrics, seeds pooled; None if absent."""
@@ -32,12 +29,12 @@ def _paper_number(claim: Claim, reference: pd.DataFrame) -> float | None:
     if claim.paper is None:
         return None
     # Attribute transfer names its models "Llama-2-7B-Chat -> dolly".
-    model = reference["model"].str.split(" -> ").str[0] == PAPER_MODEL
+    model = reference["model"].str.split(" -> ").str[0] == claim.paper_model
     rows = reference[(reference["artefact"] == claim.artefact) & model]
 
     def value(setting: str, metric: str) -> float:
         match = rows[(rows["setting"] == setting) & (rows["metric"] == metric)]
-        return float(match["value"].iloc[0])
+        return float(match["value"].mean())
 
     return claim.paper(value)
 

@@ -88,7 +88,7 @@ class FinetuneConfig(TrainingConfig):
     max_response_tokens: int = 24
     cu_percents: list[float] = field(default_factory=list)  #: ratio sweep, beside ESU
     random_draws: int = 1
-    conflict_attacks: list[str] = field(default_factory=list)  #: that gradient conflict is tried on
+    wide_attacks: list[str] = field(default_factory=list)  #: beside dialogues, with all arms
     condition_seeds: int = 0  #: for how many of the seeds fig_conditions has all its arms
 
 
@@ -153,6 +153,17 @@ class ProbesConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """Alignment through redundant units: shares of all units."""
+
+    share: float = 0.2
+    sweep: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.4])
+    elsewhere: int = 100  #: prompts of Do-Not-Answer
+    longer_seeds: int = 0  #: for how many of the seeds RU also train for twice the epochs
+    more_seeds: int = 0  #: for how many of the seeds all arms are aligned
+
+
+@dataclass
 class RuntimeConfig:
     """How to run; nothing here changes what is computed beyond rounding."""
 
@@ -175,6 +186,7 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -183,7 +195,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 PROFILES = ("laptop", "smoke", "paper")
 GROUPS = (
     "profile", "model", "data", "align", "attribution", "roles", "finetune", "evaluate", "probes",
-    "runtime",
+    "budget", "runtime",
 )  # fmt: skip
 #: Settings that are dictionaries: keys below them are the user's.
 OPEN_KEYS = ("data.files.", "finetune.rows.")

@@ -126,7 +126,8 @@ def supervised_finetune(
     """
     seed_everything(seed)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        embedding.requires_grad_(config.train_embeddings)
+        if not config.train_embeddings:
+            embedding.requires_grad_(False)
     rows: list[dict[str, Any]] = [{"prompt": p, "response": r} for p, r in dialogues]
     rows += [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
     work = folder / "trainer"

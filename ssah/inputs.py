@@ -40,6 +40,12 @@ class Inputs:
             raise SsahError(f"Set '{name}' has {len(rows)} rows but {limit} are asked for.")
         return rows[:limit]
 
+    def spread(self, name: str, count: int) -> list[Row]:
+        """Up to ``count`` rows of a set, evenly spread over it: the same for every seed."""
+        rows = self.rows(name)
+        count = min(count, len(rows))
+        return [rows[i * len(rows) // count] for i in range(count)]
+
     def sample(self, name: str, count: int) -> list[Row]:
         """A seeded sample without replacement: what varies between seeds."""
         return self.draw(name, self.rows(name), count)

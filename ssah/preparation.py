@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from .ablation import ablate
-from .arms import Arm, Tuning, Which
+from .alignment import align_model
+from .arms import Aligning, Arm, Tuning, Which
 from .attribution import ActivationStatistics, VarianceOver, collect_statistics, unit_scores
-from .config import Config
+from .config import AlignConfig, Config
 from .data import Row, compose_refusal, read_jsonl, write_jsonl
 from .evaluate.generate import complete
-from .finetune import save_model, supervised_finetune
+from .finetune import save_model
 from .inputs import Inputs
 from .models import (
     Checkpoint,
@@ -49,10 +50,14 @@ class Preparation(Inputs):
         self._models: dict[str, PreTrainedModel] = {}
 
     def checkpoint(self, which: Which) -> Checkpoint:
+        """Where the model's files are; it is made first where there is none."""
         assert not isinstance(which, Tuning), "FineTuning knows them"
-        if which == "unaligned" or not self.config.align.enabled:
+        if isinstance(which, Aligning):
+            run = self.align(which)
+        elif which == "unaligned" or not self.config.align.enabled:
             return self.unaligned
-        run = self.align()
+        else:
+            run = self.align()
         return Checkpoint(str(run.folder), run.key)
 
     def identity(self, which: Which) -> str:
@@ -135,29 +140,43 @@ class Preparation(Inputs):
 
     # --- alignment ---------------------------------------------------------------------------
 
-    def align(self) -> Run:
-        """The aligned model: fine-tuned on varied refusals, and held in place on benign prompts.
-
-        On its own sampled answers to those it is trained towards the unaligned model's whole
-        distribution; greedy answers as targets would sharpen it and cost perplexity.
-        """
-        config = self.config.align
-        harmful = self.sample("harmful_align", config.harmful)
-        benign = self.sample("benign_align", config.benign)
-        answers = self.answers(
-            benign,
-            Arm("unaligned"),
-            config.anchor_tokens,
-            sample_seed=self.seed,
-        )
+    def alignment_key(self, how: Aligning | None = None) -> dict[str, Any]:
+        """What tells one alignment from others; nothing is trained to know it."""
+        config = self._align_config(how)
         key = self._key(
             2,
             seed=self.seed,
             config=dataclasses.asdict(config),
             model=self.unaligned.identity,
             sets=self.sets.key,
-            answers=answers.key,
+            answers=self._anchors(config)[1].key,
         )
+        if how is not None:
+            key |= {"rank": how.rank, "unit_kind": how.unit_kind}
+            if how.trained is not None:
+                bits = b"".join(part.numpy().tobytes() for part in how.trained.values())
+                key["trained"] = hashlib.sha256(bits).hexdigest()
+        return key
+
+    def _align_config(self, how: Aligning | None) -> AlignConfig:
+        return dataclasses.replace(self.config.align, **(how.changes if how else {}))
+
+    def _anchors(self, config: AlignConfig) -> tuple[list[Row], Run]:
+        """Benign prompts and the unaligned model's sampled answers."""
+        benign = self.sample("benign_align", config.benign)
+        unaligned, seed = Arm("unaligned"), self.seed
+        return benign, self.answers(benign, unaligned, config.anchor_tokens, sample_seed=seed)
+
+    def align(self, how: Aligning | None = None, *, whole: bool = True) -> Run:
+        """The aligned model: fine-tuned on varied refusals, and held in place on benign prompts.
+
+        On its own sampled answers to those it is trained towards the unaligned model's whole
+        distribution; greedy answers as targets would sharpen it and cost perplexity. ``how`` aligns
+        through a part of the model, and records that nothing else changed a bit.
+        """
+        config = self._align_config(how)
+        harmful = self.sample("harmful_align", config.harmful)
+        benign, answers = self._anchors(config)
 
         def build(folder: Path) -> None:
             rng = random.Random(self.seed)
@@ -173,20 +192,12 @@ class Preparation(Inputs):
             held = [encode_dialogue(self.tokenizer, *pair, end=False) for pair in replies]
             model = load_model(self.unaligned, self.config.model, self.device)
             reference = self.model("unaligned")
-            record = supervised_finetune(
-                model,
-                taught,
-                config,
-                self.seed,
-                folder,
-                held,
-                reference,
-                anchor_weight=config.anchor_weight,
-            )
+            training = align_model(model, reference, taught, held, config, self.seed, folder, how)
             save_model(model, folder)
-            (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
+            (folder / "training.json").write_text(json.dumps(training))
 
-        return self.store.get("align", self.config.model.name, key, build, resumable=True)
+        key, name = self.alignment_key(how), self.config.model.name
+        return self.store.get("align", name, key, build, resumable=True, whole=whole)
 
     @staticmethod
     def answer_texts(run: Run) -> dict[str, str]:
@@ -194,13 +205,19 @@ class Preparation(Inputs):
 
     # --- attribution and roles ---------------------------------------------------------------
 
-    def statistics_run(self, purpose: Purpose, which: Which = "aligned", resample: int = 0) -> Run:
-        """Activation statistics of a model on the aligned model's own answers to a sampled set.
+    def statistics_run(
+        self,
+        purpose: Purpose,
+        which: Which = "aligned",
+        resample: int = 0,
+        author: Which = "aligned",
+    ) -> Run:
+        """Activation statistics of a model on the author's own answers to a sampled set.
 
         ``resample`` draws another sample of prompts.
         """
         config = self.config.attribution
-        rows, answers = self._own_answers(purpose, resample)
+        rows, answers = self._own_answers(purpose, resample, author)
         key = self._key(1, config=dataclasses.asdict(config), answers=answers.key)
         if which != "aligned":
             key["model"] = self.identity(which)
@@ -218,14 +235,16 @@ class Preparation(Inputs):
 
         return self.store.get(f"statistics_{purpose}", self.config.model.name, key, build)
 
-    def _own_answers(self, purpose: Purpose, resample: int) -> tuple[list[Row], Run]:
-        """Prompts of a sampled set and what the aligned model says to them."""
+    def _own_answers(
+        self, purpose: Purpose, resample: int, author: Which = "aligned"
+    ) -> tuple[list[Row], Run]:
+        """Prompts of a sampled set and what a model says to them, by default the aligned one."""
         config = self.config.attribution
         source = {"safety": "harmful_attribution", "utility": "benign_attribution"}[purpose]
         drawn = f"{source}#{resample}" if resample else source
         rows = self.draw(drawn, self.rows(source), config.samples)
         # Refusals come from the aligned model, and so do its benign answers: what it says itself.
-        return rows, self.answers(rows, Arm("aligned"), config.max_response_tokens)
+        return rows, self.answers(rows, Arm(author), config.max_response_tokens)
 
     def _encoded_answers(self, rows: list[Row], answers: Run) -> list[tuple[list[int], list[int]]]:
         text, limit = self.answer_texts(answers), self.config.attribution.max_response_tokens - 1

@@ -23,10 +23,8 @@ class Probing(Preparation):
 
     def probed_rows(self, name: str, *, few: bool = False) -> list[Row]:
         """As many rows of a set as configured, spread over it."""
-        rows, config = self.rows(name), self.config.probes
-        many = name == "harmful_evaluation" and not few
-        count = min(config.evaluation_queries if many else config.queries, len(rows))
-        return [rows[i * len(rows) // count] for i in range(count)]
+        config, many = self.config.probes, name == "harmful_evaluation" and not few
+        return self.spread(name, config.evaluation_queries if many else config.queries)
 
     @functools.cached_property
     def opening_texts(self) -> dict[str, list[str]]:

@@ -26,12 +26,18 @@ WIDER = 0.25
 
 
 def headline(stages: Stages, attack: str) -> dict[str, Tuning]:
-    """The paper's three arms."""
-    return {
+    """The paper's arms; the third one where the attack has all arms."""
+    arms = {
         FULL: Tuning(attack),
         CU6: freeze(stages, attack, stages.roles.select("ESU", "CU:6%")),
-        ALL: freeze(stages, attack, stages.roles.select("ESU", "CU")),
     }
+    if _all_arms(stages, attack):
+        arms[ALL] = freeze(stages, attack, stages.roles.select("ESU", "CU"))
+    return arms
+
+
+def _all_arms(stages: Stages, attack: str) -> bool:
+    return attack == MAIN_ATTACK or attack in stages.config.finetune.wide_attacks
 
 
 def freeze(stages: Stages, attack: str, mask: UnitMask) -> Tuning:
@@ -46,12 +52,10 @@ def conflicting(stages: Stages, attack: str, target: UnitMask) -> UnitMask:
 
 
 def contenders(stages: Stages, attack: str) -> dict[str, Tuning]:
-    """The paper's arms, and one that freezes as much as ESU + 6 % CU by gradient conflict.
-
-    The latter on the attacks that the configuration names.
-    """
+    """The paper's arms, and one that freezes as much as ESU + 6 % CU by gradient conflict, where
+    the attack has all arms."""
     arms = headline(stages, attack)
-    if attack not in stages.config.finetune.conflict_attacks:
+    if not _all_arms(stages, attack):
         return arms
     chosen = conflicting(stages, attack, frozen(arms[CU6]))
     return arms | {CONFLICT_ARM: freeze(stages, attack, chosen)}

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from transformers import PreTrainedModel
 
 from .arms import Arm, Tuning, Which
+from .budget import AlignmentBudget
 from .config import RolesConfig
 from .data import Row, read_jsonl
 from .evaluate.judges import attack_success
@@ -35,7 +36,7 @@ from .roles import (
     search_share,
 )
 from .store import Run
-from .tuning import MAIN_ATTACK, FineTuning
+from .tuning import MAIN_ATTACK
 from .units import BlockKind, UnitMask
 
 
@@ -45,7 +46,7 @@ def paper_rule(arms: list[Arm]) -> Arm:
     return arms[0] if isinstance(which, Tuning) and which.frozen is None else arms[-1]
 
 
-class Stages(FineTuning):
+class Stages(AlignmentBudget):
     """All stages of one seed under one configuration."""
 
     def completions(self, set_name: str, arm: Arm, *, system: bool = False) -> list[str]:
@@ -197,10 +198,10 @@ class Stages(FineTuning):
         """Perplexity of held-out answers given their prompts."""
         return perplexity(*self._text_losses(arm))
 
-    def perplexity_ratio(self, arm: Arm) -> Estimate:
-        """Perplexity relative to the whole aligned model's, text by text."""
+    def perplexity_ratio(self, arm: Arm, base: Arm | None = None) -> Estimate:
+        """Perplexity relative to that of ``base``, the aligned model if none, text by text."""
         counts, losses = self._text_losses(arm)
-        _, whole = self._text_losses(Arm())
+        _, whole = self._text_losses(base or Arm())
         return perplexity(counts, [a - b for a, b in zip(losses, whole, strict=True)])
 
     def heldout_gain(self, arm: Arm, attack: str, base: Arm | None = None) -> Estimate:

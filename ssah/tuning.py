@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .arms import Arm, Tuning, Which
+from .arms import Aligning, Arm, Tuning, Which
 from .config import FinetuneConfig, TrainingConfig
 from .conflict import gradient_conflict
 from .data import Row
@@ -93,7 +93,7 @@ class FineTuning(Probing):
         key = self._key(
             1,
             seed=self.seed,
-            model=self.identity("aligned"),
+            model=self.identity(tuning.base),
             rows=[[row.prompt, row.response] for row in rows],
             max_response_tokens=settings.max_response_tokens,
             config={f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainingConfig)},
@@ -107,7 +107,7 @@ class FineTuning(Probing):
         def build(folder: Path) -> None:
             settings = self._settings(tuning)
             rows, _ = self.attack_rows(tuning.attack)
-            model = load_model(self.checkpoint("aligned"), self.config.model, self.device)
+            model = load_model(self.checkpoint(tuning.base), self.config.model, self.device)
             frozen = (
                 nullcontext()
                 if tuning.frozen is None
@@ -171,22 +171,29 @@ class FineTuning(Probing):
 
     _loaded: tuple[str, PreTrainedModel] | None = None
 
+    def checkpoint(self, which: Which) -> Checkpoint:
+        if not isinstance(which, Tuning):
+            return super().checkpoint(which)
+        run = self._training_run(which, whole=True)
+        return Checkpoint(str(run.folder / f"epoch-{which.epoch}"), self.identity(which))
+
     def identity(self, which: Which) -> str:
         """What tells this model from others in a key; nothing is trained to know it."""
+        if isinstance(which, Aligning):
+            return self.store.place("align", "", self.alignment_key(which))[1]
         if not isinstance(which, Tuning):
             return super().identity(which)
         _, sha = self.store.place("finetune", "", self._tuning_key(which))
         return f"{sha}/epoch-{which.epoch}"
 
     def model(self, which: Which) -> PreTrainedModel:
-        """The model in memory; of the fine-tuned ones only the last."""
-        if not isinstance(which, Tuning):
+        """The model in memory; of those that are dropped once measured only the last."""
+        if not isinstance(which, (Aligning, Tuning)):
             return super().model(which)
         identity = self.identity(which)
         if self._loaded is None or self._loaded[0] != identity:
             self._loaded = None
-            run = self._training_run(which, whole=True)
-            checkpoint = Checkpoint(str(run.folder / f"epoch-{which.epoch}"), identity)
+            checkpoint = self.checkpoint(which)
             self._loaded = identity, load_model(checkpoint, self.config.model, self.device)
         return self._loaded[1]
 

@@ -52,6 +52,7 @@ class Artefact:
 
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
+BUDGET = "06_alignment_budget"
 DIALOGUES = ("dialogues",)
 
 #: All artefacts, in the order of the notebooks.
@@ -79,6 +80,11 @@ ARTEFACTS = {
         Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures", DIALOGUES),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
+        Artefact("table4", "Aligning through the redundant", BUDGET, "alignment", DIALOGUES),
+        Artefact("fig_budget", "The tax against safety", BUDGET, "alignment", DIALOGUES),
+        Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer", DIALOGUES),
+        Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer", DIALOGUES),
+        Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer", DIALOGUES),
     )
 }
 

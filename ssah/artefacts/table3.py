@@ -9,7 +9,7 @@ import pandas as pd
 from ..arms import Arm
 from ..evaluate.stats import Estimate, average, paired_difference, proportion
 from ..paths import reference_csv
-from ..selections import ALL, CU6, FULL, headline
+from ..selections import FULL, headline
 from ..stages import paper_rule
 from ..tuning import ATTACKS
 from . import Output
@@ -36,7 +36,7 @@ def table3(study: Study) -> Output:
                 arm = paper_rule(stages.measured(tuning, thorough=True))
                 outcomes[name] = stages.task_outcomes(arm)
                 _add_tasks(output, f"{attack}: {name}", stages.seed, outcomes[name], whole)
-            for name in (CU6, ALL):
+            for name in [n for n in outcomes if n != FULL]:
                 change = _task_change(outcomes[name], outcomes[FULL])
                 output.add(f"{attack}: {name}", "against_full", stages.seed, change)
     frame = pd.DataFrame(output.metrics)

@@ -8,8 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
 
 from ..evaluate.stats import paired_difference, proportion
 from ..paths import reference_csv
@@ -19,6 +17,7 @@ from ..stages import Stages, paper_rule
 from ..tuning import MAIN_ATTACK
 from ..units import BlockKind
 from . import Output
+from .flows import draw_flow, draw_matrix
 from .render import COLOURS, STYLE, ShownFigure
 
 if TYPE_CHECKING:
@@ -97,52 +96,13 @@ def fig5(study: Study) -> Output:
         figure = ShownFigure(figsize=(10, 5.4))
         axes = figure.subplots(2, 3).flat
         for place, (name, matrix) in zip(axes, panels.items(), strict=True):
-            _draw_flow(place, matrix, _title(name))
+            draw_flow(place, matrix, _title(name))
     output.figure = figure
     return output
 
 
 def _title(name: str) -> str:
     return f"frozen: {name}" if name in (FULL, CU6, ALL, RANDOM) else name
-
-
-def _draw_flow(axes: Axes, matrix: np.ndarray, title: str) -> None:
-    """Groups as bars at both sides, flows as bands between them."""
-    width = np.sqrt(matrix)
-    gap = 0.6
-    starts = [_stack(width.sum(axis), gap) for axis in (1, 0)]
-    used = [starts[0].copy(), starts[1].copy()]
-    for i, source in enumerate(GROUPS):
-        for j in range(len(GROUPS)):
-            if matrix[i, j] > 0:
-                band = _band(used[0][i], used[1][j], width[i, j])
-                axes.add_patch(PathPatch(band, facecolor=COLOURS[source], alpha=0.45, lw=0))
-                used[0][i] += width[i, j]
-                used[1][j] += width[i, j]
-    for side, (x, align) in enumerate(((0.0, "right"), (1.0, "left"))):
-        for k, group in enumerate(GROUPS):
-            height = width.sum(1 - side)[k]
-            axes.bar(x, height, 0.05, starts[side][k], color=COLOURS[group])
-            text = f"{group} {matrix.sum(1 - side)[k]:.1f}"
-            offset = -0.05 if side == 0 else 0.05
-            middle = starts[side][k] + height / 2
-            axes.text(x + offset, middle, text, ha=align, va="center", fontsize=8)
-    top = max(s[-1] for s in starts) + max(width.sum(0)[-1], width.sum(1)[-1])
-    axes.set(xlim=(-0.45, 1.45), ylim=(top + gap, -gap), title=title)
-    axes.axis("off")
-
-
-def _stack(heights: np.ndarray, gap: float) -> np.ndarray:
-    """Where each bar begins when they are stacked with a gap."""
-    return np.concatenate([[0], np.cumsum(heights + gap)[:-1]])
-
-
-def _band(left: float, right: float, width: float) -> Path:
-    """A band of constant width from ``left`` at x=0 to ``right`` at x=1."""
-    upper = [(0, left), (0.5, left), (0.5, right), (1, right)]
-    lower = [(1, right + width), (0.5, right + width), (0.5, left + width), (0, left + width)]
-    codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
-    return Path([*upper, *lower, (0, left)], codes)
 
 
 def fig11(study: Study) -> Output:
@@ -167,25 +127,11 @@ def _heat_maps(study: Study, artefact: str, scopes: tuple[str, ...]) -> Output:
         grid = figure.subplots(len(scopes), len(shown) + 1, squeeze=False)
         for row, scope in zip(grid, scopes, strict=True):
             for axes, name in zip(row, shown, strict=False):
-                _draw_matrix(axes, _mean_matrix(output, name, scope), f"{_title(name)}\n{scope}")
+                draw_matrix(axes, _mean_matrix(output, name, scope), f"{_title(name)}\n{scope}")
             title = f"paper: Llama-2-7B-Chat, Dolly\n{scope}"
-            _draw_matrix(row[-1], _paper_matrix(artefact, scope), title)
+            draw_matrix(row[-1], _paper_matrix(artefact, scope), title)
     output.figure = figure
     return output
-
-
-def _draw_matrix(axes: Axes, matrix: np.ndarray, title: str) -> None:
-    axes.imshow(np.sqrt(matrix / 100), cmap="cividis", vmin=0, vmax=1)
-    for i in range(len(GROUPS)):
-        for j in range(len(GROUPS)):
-            dark = matrix[i, j] < 40
-            text = f"{matrix[i, j]:.2f}"
-            colour = "white" if dark else "black"
-            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(range(len(GROUPS)), GROUPS)
-    axes.set_yticks(range(len(GROUPS)), GROUPS)
-    axes.set_title(title, fontsize=8)
-    axes.grid(False)
 
 
 def fig13(study: Study) -> Output:

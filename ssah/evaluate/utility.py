@@ -60,6 +60,39 @@ def continuation_losses(
     return losses
 
 
+@torch.inference_mode()
+def divergences(
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    batch_size: int,
+) -> list[float]:
+    """KL(reference || model) in nats per continuation token, by pair; 0 where there is none."""
+    found = []
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        ids = pad([[*c, *t] for c, t in batch], 0)
+        attention = pad([[1] * (len(c) + len(t)) for c, t in batch], 0)
+        scored = pad([[0] * len(c) + [1] * len(t) for c, t in batch], 0).bool()[:, 1:]
+        wanted, given = (
+            label_logits(
+                m,
+                m.base_model(
+                    input_ids=ids.to(m.device),
+                    attention_mask=attention.to(m.device),
+                    use_cache=False,
+                ).last_hidden_state[:, :-1][scored.to(m.device)],
+            )
+            .float()
+            .log_softmax(-1)
+            for m in (reference, model)
+        )
+        by_token = (wanted.exp() * (wanted - given)).sum(-1).cpu()
+        sums = torch.zeros(len(batch)).index_add_(0, scored.nonzero()[:, 0], by_token)
+        found += (sums / scored.sum(1).clamp(min=1)).tolist()
+    return found
+
+
 def multiple_choice(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

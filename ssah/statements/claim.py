@@ -25,6 +25,7 @@ class Claim:
     above: bool
     unit: str
     paper: Callable[[Callable[[str, str], float]], float] | None
+    paper_model: str = "Llama-2-7B-Chat"  #: of which the paper's number is
 
     def verdict(self, estimate: Estimate) -> str:
         if self.above:

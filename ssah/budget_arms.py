@@ -1,0 +1,54 @@
+"""Through what the unaligned model is aligned: the arms of Table 4."""
+
+from __future__ import annotations
+
+from .arms import Aligning
+from .baselines import matched_by, random_units, sized
+from .lora import rank_for
+from .stages import Stages
+from .units import UnitMask
+
+#: All units train (this is the aligned model of everything else), redundant ones, and as many
+#: random ones.
+WHOLE, RU, RANDOM = "all units", "RU", "random, as RU"
+
+#: As long again: the paper trains RU for twice the epochs.
+LONGER = "twice the epochs"
+
+
+def budget_arms(
+    stages: Stages, *, longer: bool = False, more: bool = False
+) -> dict[str, Aligning | None]:
+    """The paper's two arms and the control; ``longer`` adds the paper's rule for the number of
+    epochs, ``more`` that and everything else that a reviewer asks."""
+    budget, layout = stages.config.budget, stages.layout
+    redundant = stages.redundant(budget.share)
+    drawn = random_units(layout, redundant, 1000 * stages.seed)
+    arms: dict[str, Aligning | None] = {
+        WHOLE: None,
+        RU: _through(stages, redundant),
+        RANDOM: _through(stages, drawn),
+    }
+    kind, twice = layout.unit_kind, {"epochs": 2 * stages.config.align.epochs}
+    if longer or more:
+        arms |= {
+            f"{RU}, {LONGER}": Aligning(redundant, kind, changes=twice),
+            f"{RANDOM}, {LONGER}": Aligning(drawn, kind, changes=twice),
+        }
+    if not more:
+        return arms
+    rank = rank_for(layout, round(layout.weights(redundant)))
+    highest = {name: -part for name, part in stages.utility_scores.items()}
+    arms["highest I_U, as RU"] = _through(stages, matched_by(layout, redundant, highest))
+    for share in budget.sweep:
+        arms[f"{RU} {100 * share:g} %"] = _through(stages, stages.redundant(share))
+    return arms | {
+        "ESU of the aligned model": _through(stages, stages.roles.mask("ESU")),
+        "all heads": _through(stages, sized(layout, heads=1, neurons=0)),
+        f"LoRA, rank {rank}": Aligning(None, kind, rank),
+        f"LoRA inside RU, rank {rank}": Aligning(redundant, kind, rank),
+    }
+
+
+def _through(stages: Stages, trained: UnitMask) -> Aligning:
+    return Aligning(trained, stages.layout.unit_kind)
