@@ -31,12 +31,10 @@ def budget_arms(
     }
     kind, twice = layout.unit_kind, {"epochs": 2 * stages.config.align.epochs}
     if longer or more:
-        arms |= {
-            f"{RU}, {LONGER}": Aligning(redundant, kind, changes=twice),
-            f"{RANDOM}, {LONGER}": Aligning(drawn, kind, changes=twice),
-        }
+        arms[f"{RU}, {LONGER}"] = Aligning(redundant, kind, changes=twice)
     if not more:
         return arms
+    arms[f"{RANDOM}, {LONGER}"] = Aligning(drawn, kind, changes=twice)
     rank = rank_for(layout, round(layout.weights(redundant)))
     highest = {name: -part for name, part in stages.utility_scores.items()}
     arms["highest I_U, as RU"] = _through(stages, matched_by(layout, redundant, highest))

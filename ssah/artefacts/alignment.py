@@ -105,7 +105,7 @@ def _compare(
     """Each arm against the whole model, and RU against random units, on the same items."""
     pairs = [(name, WHOLE, "over_whole") for name in found if name != WHOLE]
     pairs += [(RU, RANDOM, "over_random")]
-    if f"{RU}, {LONGER}" in found:
+    if f"{RANDOM}, {LONGER}" in found:
         pairs += [(f"{RU}, {LONGER}", f"{RANDOM}, {LONGER}", "over_random")]
     for name, other, what in pairs:
         drifts = [stages.drift(Arm(arms[n] or "aligned")) for n in (name, other)]
