@@ -80,7 +80,7 @@ ARTEFACTS = {
         Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures", DIALOGUES),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
-        Artefact("table4", "Aligning through the redundant", BUDGET, "alignment", DIALOGUES),
+        Artefact("table4", "Aligning through redundant units", BUDGET, "alignment", DIALOGUES),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment", DIALOGUES),
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer", DIALOGUES),
         Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer", DIALOGUES),
