@@ -29,7 +29,7 @@ COMMANDS = {
 }
 
 #: What the published run of a profile measures beyond everybody's.
-PUBLISHED = {"laptop": ("finetune=wide", "evaluate=wide", "budget=wide")}
+PUBLISHED = {"laptop": ("finetune=wide", "evaluate=wide", "probes=wide", "budget=wide")}
 
 
 def usage() -> str:
