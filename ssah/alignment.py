@@ -54,8 +54,9 @@ def align_model(
     if how is not None and how.trained is not None:
         layout = UnitLayout.of(model, how.unit_kind)
         weights = reference.state_dict(), model.state_dict()
-        training["changed_outside"] = changed_outside(layout, how.trained, *weights)
-        assert training["changed_outside"] == 0, "a frozen weight changed"
+        changed = training["changed_outside"] = changed_outside(layout, how.trained, *weights)
+        if changed:
+            raise RuntimeError(f"{changed} frozen weights changed: the training cannot be trusted.")
     return training
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pandas as pd
@@ -14,15 +15,42 @@ from .statements import CLAIMS, Claim
 
 def measured(claim: Claim, results: Path) -> Estimate | None:
     """The estimate behind a claim from a results folder's metrics, seeds pooled; None if absent."""
-    path = results / "metrics.csv"
-    if not path.exists():
-        return None
-    frame = pd.read_csv(path)
-    chosen = (frame["artefact"] == claim.artefact) & (frame["arm"] == claim.arm)
-    found = frame[chosen & (frame["metric"] == claim.metric)]
+    found = _rows_behind(claim, _metrics(results))
     if found.empty:
         return None
     return pool([Estimate(*row) for row in found[["value", "low", "high", "n"]].to_numpy()])
+
+
+def _metrics(results: Path) -> pd.DataFrame:
+    path = results / "metrics.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["artefact", "arm", "metric", "seed"])
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: Path, _modified: int) -> pd.DataFrame:
+    """Read once for all claims, until the file changes."""
+    return pd.read_csv(path, dtype={"seed": str})
+
+
+def _rows_behind(claim: Claim, frame: pd.DataFrame) -> pd.DataFrame:
+    chosen = (frame["artefact"] == claim.artefact) & (frame["arm"] == claim.arm)
+    return frame[chosen & (frame["metric"] == claim.metric)]
+
+
+def _number(claim: Claim, results: Path) -> str:
+    """The estimate as text, with its seeds where the results have more than it has."""
+    estimate, frame = measured(claim, results), _metrics(results)
+    if estimate is None:
+        return ""
+    own, of_all = (_seeds(part) for part in (_rows_behind(claim, frame), frame))
+    return format_estimate(estimate, 2) + (f" (seed {', '.join(own)})" if own != of_all else "")
+
+
+def _seeds(frame: pd.DataFrame) -> list[str]:
+    """Seeds of some rows; ``1.0`` is a draw of seed 1."""
+    return sorted(set(frame["seed"].str.split(".").str[0]))
 
 
 def _paper_number(claim: Claim, reference: pd.DataFrame) -> float | None:
@@ -60,8 +88,8 @@ def claims_table(results: Path) -> pd.DataFrame:
                 "text": claim.text,
                 "unit": claim.unit,
                 "paper": "not measured" if paper is None else f"{paper:.2f}",
-                "published": format_estimate(published, 2),
-                "this run": format_estimate(own, 2),
+                "published": _number(claim, published_folder),
+                "this run": _number(claim, results) if own else "",
                 "agrees": agrees,
                 "verdict": claim.verdict(decisive) if decisive else "not run",
             }

@@ -39,8 +39,8 @@ def adapters(
     """Inside the block only LoRA adapters train (scale 2, no dropout); then they are merged.
 
     With ``inside`` an adapter can only change rows and columns of these units, as
-    :func:`ssah.slicing.train_only` would: the "safety-aware LoRA" that the paper leaves to future
-    work (section 6). All other weights keep their bits.
+    :func:`ssah.slicing.train_only` would: "safety-aware LoRA", which the paper leaves to future
+    work. All other weights keep their bits.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -1,9 +1,10 @@
 """Reasoning direction: is a model on its way to a refusal or to an answer, and from which block on?
 
-Three inputs for each query (paper, section 2): the query alone, the query with the opening of a
-refusal, and with the opening of an answer. At each token that is generated then, and in each block,
-the hidden state of the clean run is nearer to the run that began to refuse or to the one that began
-to answer. All runs read the same words there, so that no distance comes from different words.
+Three inputs for each query (paper, Figs 2-4 and 7): the query alone, the query with the opening of
+a refusal, and with the opening of an answer. At each token that is generated then, and in each
+block, the hidden state of the clean run is nearer to the run that began to refuse or to the one
+that began to answer. All runs read the same words there, so that no distance comes from different
+words.
 
 Beyond the paper: the same after the query's content is subtracted, the model's own choice between
 the openings, and a linear read-out of the query before any word is said.

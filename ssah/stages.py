@@ -51,9 +51,11 @@ class Stages(AlignmentBudget):
 
     def completions(self, set_name: str, arm: Arm, *, system: bool = False) -> list[str]:
         """An arm's completions of a prompt set at the configured length."""
-        evaluate = self.config.evaluate
-        prompt = evaluate.system_prompt if system else ""
-        run = self.answers(self.rows(set_name), arm, evaluate.max_new_tokens, prompt)
+        return self.said(self.rows(set_name), arm, self.config.evaluate.system_prompt * system)
+
+    def said(self, rows: list[Row], arm: Arm, system: str = "") -> list[str]:
+        """An arm's completions of any prompts at the configured length."""
+        run = self.answers(rows, arm, self.config.evaluate.max_new_tokens, system)
         return [record["completion"] for record in read_jsonl(run.path("completions.jsonl"))]
 
     # --- fine-tuned models

@@ -15,7 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+)
 
 from ssah.config import AlignConfig
 from ssah.paths import project_root
@@ -181,3 +186,15 @@ def make_wheel(folder: Path, package: str, files: dict[str, str]) -> tuple[Path,
         for name, text in {**texts, f"{about}/RECORD": records}.items():
             archive.writestr(name, text)
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_livelier(tiny_folder: Path, folder: Path, seed: int) -> None:
+    """The tiny model with larger random weights: as built, nothing that training does shows."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)

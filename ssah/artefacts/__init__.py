@@ -82,9 +82,9 @@ ARTEFACTS = {
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment", DIALOGUES),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment", DIALOGUES),
-        Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer", DIALOGUES),
-        Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer", DIALOGUES),
-        Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer", DIALOGUES),
+        Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),
+        Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer"),
+        Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer"),
     )
 }
 

@@ -12,15 +12,14 @@ from matplotlib.axes import Axes
 
 from ..arms import Aligning, Arm, Tuning
 from ..budget_arms import LONGER, RANDOM, RU, WHOLE, budget_arms
-from ..data import Row
 from ..evaluate.judges import attack_success, is_refusal
 from ..evaluate.stats import average, crossed_mean, paired_difference, proportion
 from ..stages import Stages
 from ..tuning import MAIN_ATTACK
 from . import Output
 from .freezing import compare
-from .render import COLOURS, STYLE, ShownFigure, format_estimate
-from .summary import paper_rows, pooled, same
+from .render import COLOURS, STYLE, ShownFigure
+from .summary import arm_rows, paper_rows, pooled, same
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -41,8 +40,8 @@ def measure(stages: Stages, output: Output, name: str, how: Aligning | None) -> 
             trained = round(layout.weights(how.trained))
     with stages.aligned(how) as arm:
         outcomes = _measure_model(stages, output, name, arm)
-        if name in (WHOLE, RU):
-            stages.scores_of(arm.which)  # for Figs 6, 9 and 10, before the model is dropped
+        if name == RU:
+            stages.scores_of(arm.which)  # Figs 6, 9 and 10 ask for it; the model is dropped now
         attack = Tuning(MAIN_ATTACK)  # of which Table 2 has the longer run
         if how is not None:
             attack = Tuning(MAIN_ATTACK, base=how, changes={"epochs": 1})
@@ -70,8 +69,8 @@ def _measure_model(stages: Stages, output: Output, name: str, arm: Arm) -> Outco
         success["asr_harmbench"] = attack_success(stages.completions("harmbench", arm))
     if stages.has("do_not_answer"):
         rows = stages.spread("do_not_answer", config.budget.elsewhere)
-        success["asr_do_not_answer"] = attack_success(_answers(stages, rows, arm))
-    success["asr_prefix"] = attack_success(_answers(stages, stages.prefixed(), arm))
+        success["asr_do_not_answer"] = attack_success(stages.said(rows, arm))
+    success["asr_prefix"] = attack_success(stages.said(stages.prefixed(), arm))
     refused = {
         f"refused_{prompts}": [is_refusal(a) for a in stages.completions(prompts, arm)]
         for prompts in ("benign_evaluation", "borderline")
@@ -89,11 +88,6 @@ def _measure_model(stages: Stages, output: Output, name: str, arm: Arm) -> Outco
     drift = np.array(stages.drift(arm))[:, None]
     output.add(name, "drift", seed, crossed_mean(drift))
     return success | {f"accuracy_{task}": right for task, right in tasks.items()}
-
-
-def _answers(stages: Stages, rows: list[Row], arm: Arm) -> list[str]:
-    run = stages.answers(rows, arm, stages.config.evaluate.max_new_tokens)
-    return list(stages.answer_texts(run).values())
 
 
 def _compare(
@@ -180,18 +174,8 @@ def table4(study: Study) -> Output:
         "reports no safety." + _which_seeds(study)
     )
     measured_arms(study, output)
-    frame = pd.DataFrame(output.metrics)
-    rows = []
-    for arm, group in frame.groupby("arm", sort=False):
-        row = {"model": config.model.name, "aligned through": str(arm)}
-        for column, (metric, digits) in _COLUMNS.items():
-            estimate = pooled(group, metric)
-            if estimate is not None:
-                exact = estimate.low == estimate.high
-                number = f"{estimate.value:.{digits}f}"
-                row[column] = number if exact else format_estimate(estimate, digits)
-        rows.append(row)
-    output.table = pd.concat([pd.DataFrame(rows), _paper_rows()], ignore_index=True).fillna("")
+    own = arm_rows(pd.DataFrame(output.metrics), config.model.name, "aligned through", _COLUMNS)
+    output.table = pd.concat([own, _paper_rows()], ignore_index=True).fillna("")
     return output
 
 

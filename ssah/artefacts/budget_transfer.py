@@ -13,7 +13,7 @@ from ..evaluate.stats import proportion
 from ..paths import reference_csv
 from ..roles import GROUPS, transfer
 from . import Output
-from .alignment import measure, no_pair
+from .alignment import no_pair
 from .flows import draw_flow, draw_matrix
 from .render import STYLE, ShownFigure
 from .transfer import SCOPES
@@ -41,9 +41,9 @@ def _measure(study: Study, scopes: tuple[str, ...]) -> Output:
         before = stages.utility_roles(stages.shares.ru)
         arms = budget_arms(stages)
         for name in _PANELS:
-            measure(stages, Output(""), name, arms[name])  # scored before the model is dropped
             how = arms[name]
-            after = stages.roles if how is None else stages.roles_after(how, "quantiles")
+            with stages.aligned(how):
+                after = stages.roles if how is None else stages.roles_after(how, "quantiles")
             for scope in scopes:
                 counts = transfer(before, after, SCOPES[scope])
                 total = int(counts.sum())

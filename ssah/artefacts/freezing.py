@@ -18,8 +18,7 @@ from ..selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, random_contro
 from ..stages import Stages, paper_rule
 from ..tuning import ATTACKS, MAIN_ATTACK
 from . import Output
-from .render import format_estimate
-from .summary import paper_rows, pooled, same
+from .summary import arm_rows, paper_rows, same
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -178,7 +177,8 @@ def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
             by_arm = _measure_headline(stages, output, attack)
             if attack == MAIN_ATTACK:
                 _measure_controls(stages, output, by_arm)
-    rows = [_own_rows(pd.DataFrame(output.metrics), study), _paper_rows(artefact)]
+    frame, name = pd.DataFrame(output.metrics), study.config.model.name
+    rows = [arm_rows(frame, name, "fine-tuning: frozen", _COLUMNS), _paper_rows(artefact)]
     table = pd.concat(rows, ignore_index=True).fillna("")
     own = [c for c in ("model", "fine-tuning: frozen", *_COLUMNS) if c in table.columns]
     output.table = table[[*own, *(c for c in table.columns if c not in own)]]
@@ -211,22 +211,6 @@ _COLUMNS: dict[str, tuple[str, int]] = {
     "saved over random": ("saved_over_random", 1),
     "ASR HarmBench": ("asr_harmbench", 1),
 }
-
-
-def _own_rows(frame: pd.DataFrame, study: Study) -> pd.DataFrame:
-    """One row for each arm and epoch, seeds and draws pooled."""
-    rows = []
-    for arm, group in frame.groupby("arm", sort=False):
-        row: dict[str, str] = {"model": study.config.model.name, "fine-tuning: frozen": str(arm)}
-        for column, (metric, digits) in _COLUMNS.items():
-            estimate = pooled(group, metric)
-            if estimate is None:
-                continue
-            row[column] = format_estimate(estimate, digits)
-            if estimate.low == estimate.high:
-                row[column] = f"{estimate.value:.{digits}f}"
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def _paper_rows(artefact: str) -> pd.DataFrame:

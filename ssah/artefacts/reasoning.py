@@ -41,8 +41,9 @@ def places(distances: Tensor, positions: Sequence[int]) -> Iterator[tuple[str, T
 def add_distances(
     output: Output, arm: str, seed: int, distances: Tensor, positions: Sequence[int], *, last: bool
 ) -> None:
-    """Distance to either kind of run, and the lean; in all blocks or only in the last.
+    """Distance to either kind of run, and the lean: in the last block, or in all of them.
 
+    After each number of tokens and on average over these; without ``positions`` the latter alone.
     Queries whose answer ended before do not count.
     """
     blocks = distances.shape[2]
@@ -153,10 +154,10 @@ def fig4(study: Study) -> Output:
             arm = f"{model}: content subtracted"
             add_distances(output, arm, stages.seed, own, positions, last=True)
             _add_extremes(output, arm, stages.seed)
-            add_distances(output, arm, stages.seed, own, positions, last=False)
+            add_distances(output, arm, stages.seed, own, (), last=False)
             shared[model] = stages.probe(model, EVALUATION, same_words=True).residual
             arm = f"{model}: same words"
-            add_distances(output, arm, stages.seed, shared[model], positions, last=False)
+            add_distances(output, arm, stages.seed, shared[model], (), last=False)
         if "unaligned" in shared:
             for what, found in (("content subtracted", by_own), ("same words", shared)):
                 a, b = (lean(found[m].nanmean(1)[:, -1]) for m in ("aligned", "unaligned"))
@@ -204,8 +205,8 @@ def fig7(study: Study) -> Output:
         for name in found:
             for model in models(stages):
                 distances, arm = stages.probe(model, name).distance, f"{model}: {name}"
-                for last in (True, False):
-                    add_distances(output, arm, stages.seed, distances, positions, last=last)
+                add_distances(output, arm, stages.seed, distances, positions, last=True)
+                add_distances(output, arm, stages.seed, distances, (), last=False)
     frame, stages = pd.DataFrame(output.metrics), study.all_stages[0]
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(8, 3.2 * len(found)))

@@ -71,7 +71,7 @@ def write_output(study: Study, artefact: Artefact, output: Output) -> None:
     frame = pd.DataFrame(output.metrics)
     frame.insert(0, "artefact", artefact.id)
     table = study.results / "tables" / artefact.id
-    write_atomically(table.with_suffix(".csv"), lambda p: frame.to_csv(p, index=False))
+    write_atomically(table.with_suffix(".csv"), lambda p: _to_csv(frame, p))
     if output.table is not None:
         shown = output.table
         text = f"{shown.to_markdown(index=False)}\n\n{output.note}\n\n{line}\n"
@@ -83,6 +83,10 @@ def write_output(study: Study, artefact: Artefact, output: Output) -> None:
     if output.figure is not None:
         _write_figure(output.figure, study.results / "figures" / artefact.id, line, output.note)
     _merge(study.results / "metrics.csv", frame.assign(**stamp), artefact.id)
+
+
+def _to_csv(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_csv(path, index=False, float_format="%.6g")  # more digits than mean anything
 
 
 def write_times(study: Study, artefact: Artefact, runs: dict[str, float], warm: float) -> None:
@@ -141,4 +145,4 @@ def _merge(path: Path, rows: pd.DataFrame, artefact: str) -> None:
         if path.exists():
             old = pd.read_csv(path, dtype={"seed": str})
             rows = pd.concat([old[old["artefact"] != artefact], rows], ignore_index=True)
-        write_atomically(path, lambda p: rows.to_csv(p, index=False))
+        write_atomically(path, lambda p: _to_csv(rows, p))

@@ -6,6 +6,7 @@ import pandas as pd
 
 from ..evaluate.stats import Estimate, pool
 from ..paths import reference_csv
+from .render import format_estimate
 
 
 def same(value: float, n: int) -> Estimate:
@@ -19,6 +20,23 @@ def pooled(frame: pd.DataFrame, metric: str) -> Estimate | None:
     if found.empty:
         return None
     return pool([Estimate(*row) for row in found[["value", "low", "high", "n"]].to_numpy()])
+
+
+def arm_rows(
+    frame: pd.DataFrame, model: str, setting: str, columns: dict[str, tuple[str, int]]
+) -> pd.DataFrame:
+    """One row for each arm, seeds and draws pooled: ``columns`` are name -> (metric, digits)."""
+    rows = []
+    for arm, group in frame.groupby("arm", sort=False):
+        row = {"model": model, setting: str(arm)}
+        for column, (metric, digits) in columns.items():
+            estimate = pooled(group, metric)
+            if estimate is not None:
+                counted = estimate.low == estimate.high
+                number = f"{estimate.value:.{digits}f}"
+                row[column] = number if counted else format_estimate(estimate, digits)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def paper_rows(

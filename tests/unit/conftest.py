@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from helpers import save_livelier
 from ssah.models import CHATML
 from ssah.study import Study
 from ssah.toy import build_tiny_model
@@ -73,14 +74,7 @@ def smoke_study(tmp_path_factory) -> Callable[..., Study]:
 def attacked_study(smoke_study, tiny_folder, tmp_path_factory) -> Study:
     """Of a model whose answers fine-tuning changes: with the tiny one as built, every ASR is 0."""
     folder = tmp_path_factory.mktemp("attacked")
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    save_livelier(tiny_folder, folder, seed=1)
     return smoke_study(
         "model=local",
         f"model.source={folder}",

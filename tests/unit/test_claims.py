@@ -86,7 +86,7 @@ def write_metrics(folder: Path, rows: list[tuple]) -> Path:
     return folder
 
 
-def rise(low: float, high: float, seed: int = 0, arm: str = "ESU") -> tuple:
+def rise(low: float, high: float, seed: int | str = 0, arm: str = "ESU") -> tuple:
     return ("table1", arm, "asr_rise", seed, (low + high) / 2, low, high, 100)
 
 
@@ -97,6 +97,20 @@ def row_of(table: pd.DataFrame, claim_id: str) -> pd.Series:
 def test_seeds_are_pooled(root):
     folder = write_metrics(root / "laptop", [rise(20, 40), rise(40, 60, seed=1)])
     assert measured(claim(10, above=True), folder) == Estimate(40, 30, 50, 100)
+
+
+def test_a_number_of_fewer_seeds_says_so(root, monkeypatch):
+    """Beside it a number of all seeds, of which some rows are draws, says nothing."""
+    rare, common = claim(10, above=True, arm="rare"), claim(10, above=True, arm="common")
+    rows = [
+        rise(20, 40, arm="rare"),
+        rise(20, 40, arm="common", seed="0.0"),
+        rise(20, 40, arm="common", seed="1.0"),
+    ]
+    folder = write_metrics(root / "laptop", rows)
+    monkeypatch.setattr("ssah.claims.CLAIMS", (rare, common))
+    shown = claims_table(folder)["this run"]
+    assert list(shown) == ["30.00 [20.00, 40.00] (seed 0)", "30.00 [20.00, 40.00]"]
 
 
 def test_other_arms_artefacts_and_metrics_are_left_out(root):

@@ -17,9 +17,9 @@ from scipy.special import logsumexp
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssah.probing
+from helpers import save_livelier
 from ssah.arms import Arm
 from ssah.artefacts import Output, choice, find
 from ssah.data import Row
@@ -45,14 +45,7 @@ ENDS = {1: 3, 3: 0}
 def study(smoke_study, tiny_folder, tmp_path_factory) -> Iterator[Study]:
     """Two seeds of a model that alignment changes, some of whose answers end early."""
     folder = tmp_path_factory.mktemp("leaning")
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(2)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    save_livelier(tiny_folder, folder, seed=2)
 
     def cut_short(*args, **kwargs):
         answers = whole(*args, **kwargs)
@@ -138,6 +131,8 @@ def test_distances_are_means_over_queries_and_openings(
     output = outputs[artefact]
     places = [f"{position} tokens" for position in POSITIONS] + ["all tokens"]
     for model, place, where in product(MODELS, places, blocks):
+        if artefact != "fig3" and where != "last block" and place != "all tokens":
+            continue  # which is drawn nowhere
         arm, end = f"{model}: {what}", f"{where}, {place}"
         block = -1 if where == "last block" else int(where[6:]) - 1
         for seed, stages in enumerate(study.all_stages):
