@@ -33,6 +33,9 @@ _LINES = {"aligned": "-", "unaligned": "--"}
 #: Harm categories on each of which a read-out is trained: the largest.
 CATEGORIES = 3
 
+#: Read-outs with shuffled labels, for each category: one alone may point anywhere.
+SHUFFLES = 5
+
 
 # --- the model's own choice ------------------------------------------------------------------
 
@@ -163,7 +166,8 @@ def fig_readout(study: Study) -> Output:
         "trained on harmful queries of one category and half of the benign ones, tested on the "
         "other categories and the other half; mean over the three largest categories. Borderline: "
         "against harmless prompts that look dangerous, never trained on. Shuffled: trained on "
-        "shuffled labels. Bands: 95 % intervals over queries of both kinds."
+        "labels that are random within either kind, mean over five draws. Bands: 95 % intervals "
+        "over queries of both kinds."
     )
     for stages in study.all_stages:
         parts = _parts(stages.probed_rows(EVALUATION))
@@ -214,7 +218,17 @@ def _read_outs(
         scores, unseen, looks = np.split(read_out(train, labels, test), ends)
         found["auroc"].append(auroc(scores, unseen))
         found["auroc_borderline"].append(auroc(scores, looks))
-        shuffled = np.random.default_rng(number).permutation(labels)
-        scores, unseen, _ = np.split(read_out(train, shuffled, test), ends)
-        found["auroc_shuffled"].append(auroc(scores, unseen))
+        for draw in range(SHUFFLES):
+            shuffled = _shuffle(labels, seed=SHUFFLES * number + draw)
+            scores, unseen, _ = np.split(read_out(train, shuffled, test), ends)
+            found["auroc_shuffled"].append(auroc(scores, unseen))
     return found
+
+
+def _shuffle(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Random labels, as many true in either kind: across the kinds a few follow them by chance."""
+    rng, shuffled = np.random.default_rng(seed), np.empty_like(labels)
+    for kind in (False, True):
+        count = int((labels == kind).sum())
+        shuffled[labels == kind] = rng.permutation(np.arange(count) % 2 == 0)
+    return shuffled

@@ -516,13 +516,14 @@ def test_read_outs_never_train_on_what_they_are_tested_on(study, monkeypatch):
     whole = choice.read_out
     monkeypatch.setattr(choice, "read_out", keep)
     find("fig_readout").compute(study)
-    stages, stride = study.stages(0), 2 * 3  # as labelled and shuffled, by category
+    stages, each = study.stages(0), 1 + choice.SHUFFLES  # as labelled and shuffled
+    stride = each * 3  # by category
     assert len(asked) == stride * 2 * 2 * 2, "for each block of each model of each seed"
     names = categories(stages)
     harmful, borderline, benign = (
         stages.probe("aligned", name).query[:, 0] for name in KINDS.values()
     )
-    trained_on = []
+    trained_on, shuffles = [], set()
     for number, (train, labels, test) in enumerate(asked[:stride]):
         seen, unseen = ({tuple(row) for row in part.tolist()} for part in (train, test))
         assert not seen & unseen
@@ -535,13 +536,17 @@ def test_read_outs_never_train_on_what_they_are_tested_on(study, monkeypatch):
         assert outside == set(names) - inside
         assert not {tuple(row) for row in borderline.tolist()} & seen
         assert len({tuple(row) for row in benign.tolist()} & seen) == 3
-        if number % 2 == 0:
+        if number % each == 0:
             real = [tuple(row) in {tuple(r) for r in harmful.tolist()} for row in train.tolist()]
             assert labels.tolist() == real
             trained_on += inside
         else:
-            assert sorted(labels) == sorted(real)
+            for kind in (True, False):  # so that they follow the kinds in no way
+                inside_kind = [own for own, true in zip(labels, real, strict=True) if true == kind]
+                assert sum(inside_kind) == (len(inside_kind) + 1) // 2
+            shuffles.add(tuple(labels.tolist()))
     assert sorted(trained_on) == sorted(set(names))
+    assert len(shuffles) > 5
 
 
 def test_without_categories_a_read_out_sees_one_half():
