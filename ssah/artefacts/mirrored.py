@@ -40,9 +40,8 @@ def draw_tokens(
     stages: Stages,
     what: str,
     title: str,
-    where: str = "last block",
 ) -> None:
-    """Bars by generated token: ``frame`` holds arms ``<model>: <what>``."""
+    """Bars by generated token, last block: ``frame`` holds arms ``<model>: <what>``."""
     positions = stages.config.probes.positions
     for model, sign in zip(models(stages), (1, -1), strict=False):
         rows = frame[frame["arm"] == f"{model}: {what}"]
@@ -51,7 +50,7 @@ def draw_tokens(
             (0.2, "to answer", TO_ANSWER, "////"),
         ):
             for x, position in enumerate(positions):
-                e = pooled(rows, f"{kind}, {where}, {position} tokens")
+                e = pooled(rows, f"{kind}, last block, {position} tokens")
                 if e is None:
                     continue
                 axes.bar(

@@ -129,8 +129,8 @@ def fig3(study: Study) -> Output:
         output.figure = ShownFigure(figsize=(11, 3.4))
         panels = output.figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
         for axes, position in zip(panels, positions, strict=True):
-            title, place = f"{position} tokens", f"{position} tokens"
-            draw_blocks(axes, frame, stages, "harmful", title, place)
+            place = f"{position} tokens"
+            draw_blocks(axes, frame, stages, "harmful", place, place)
         panels[0].set_ylabel("cosine distance to a run with")
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return output
