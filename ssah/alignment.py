@@ -15,7 +15,7 @@ from .arms import Aligning
 from .config import AlignConfig
 from .finetune import supervised_finetune
 from .lora import adapters
-from .runtime import seed_everything
+from .runtime import PeakMemory, seed_everything
 from .slicing import train_only
 from .units import UnitLayout, UnitMask
 
@@ -35,11 +35,12 @@ def align_model(
 ) -> dict[str, Any]:
     """Teach ``model`` the refusals in ``taught`` and hold it to ``reference`` on those in ``held``.
 
-    Returns the training's record; with trained units named it says that nothing outside of them
-    changed a bit, which is checked against the reference.
+    Returns the training's record, with the memory that it took beside the two models; with trained
+    units named it says that nothing outside of them changed a bit, which is checked against the
+    reference.
     """
     seed_everything(seed)  # adapters begin with random factors
-    with _training(model, how):
+    with PeakMemory(model.device) as memory, _training(model, how):
         record = supervised_finetune(
             model,
             taught,
@@ -50,13 +51,11 @@ def align_model(
             reference,
             anchor_weight=config.anchor_weight,
         )
-    training = dataclasses.asdict(record)
+    training = dataclasses.asdict(record) | {"memory_mib": memory.mib}
     if how is not None and how.trained is not None:
         layout = UnitLayout.of(model, how.unit_kind)
-        weights = reference.state_dict(), model.state_dict()
-        changed = training["changed_outside"] = changed_outside(layout, how.trained, *weights)
-        if changed:
-            raise RuntimeError(f"{changed} frozen weights changed: the training cannot be trusted.")
+        require_kept(layout, how.trained, reference.state_dict(), model.state_dict())
+        training["changed_outside"] = 0
     return training
 
 
@@ -69,6 +68,18 @@ def _training(model: PreTrainedModel, how: Aligning | None) -> AbstractContextMa
         return adapters(model, layout, how.rank, how.trained)
     assert how.trained is not None, "what shall train?"
     return train_only(model, how.trained, unit_kind=how.unit_kind)
+
+
+def require_kept(
+    layout: UnitLayout,
+    trained: UnitMask,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> None:
+    """Raise :class:`RuntimeError` where a weight outside the trained units changed a bit."""
+    changed = changed_outside(layout, trained, before, after)
+    if changed:
+        raise RuntimeError(f"{changed} frozen weights changed: the training cannot be trusted.")
 
 
 def changed_outside(

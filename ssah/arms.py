@@ -24,10 +24,10 @@ class Aligning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """An aligned model after ``epoch`` epochs on an attack's rows, with the ``frozen`` units kept.
+    """A model after ``epoch`` epochs on an attack's rows, with the ``frozen`` units kept.
 
-    ``changes`` replace settings of ``finetune``; ``unit_kind`` is that of the mask; ``base`` is
-    what is attacked.
+    With ``trained`` units named, everything else is kept instead. ``changes`` replace settings of
+    ``finetune``; ``unit_kind`` is that of the mask; ``base`` is the model that is fine-tuned.
     """
 
     attack: str
@@ -35,7 +35,13 @@ class Tuning:
     unit_kind: UnitKind = "head"
     changes: dict[str, Any] = field(default_factory=dict)
     epoch: int = 1
-    base: Literal["aligned"] | Aligning = "aligned"
+    base: Literal["aligned", "unaligned"] | Aligning = "aligned"
+    trained: UnitMask | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all units train."""
+        return self.frozen is None and self.trained is None
 
 
 Which = Literal["unaligned", "aligned"] | Aligning | Tuning

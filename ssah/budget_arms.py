@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arms import Aligning
+from .arms import Aligning, Tuning
 from .baselines import matched_by, random_units, sized
 from .lora import rank_for
 from .stages import Stages
@@ -19,7 +19,7 @@ LONGER = "twice the epochs"
 def budget_arms(
     stages: Stages, *, longer: bool = False, more: bool = False
 ) -> dict[str, Aligning | None]:
-    """The paper's two arms and the control; ``longer`` adds the paper's rule for the number of
+    """Whole, redundant units, and the control; ``longer`` adds the paper's rule for the number of
     epochs, ``more`` that and everything else that a reviewer asks."""
     budget, layout = stages.config.budget, stages.layout
     redundant = stages.redundant(budget.share)
@@ -29,12 +29,13 @@ def budget_arms(
         RU: _through(stages, redundant),
         RANDOM: _through(stages, drawn),
     }
-    kind, twice = layout.unit_kind, {"epochs": 2 * stages.config.align.epochs}
+    kind = layout.unit_kind
+    parts = {RU: redundant, RANDOM: drawn}
     if longer or more:
-        arms[f"{RU}, {LONGER}"] = Aligning(redundant, kind, changes=twice)
+        twice = {"epochs": 2 * stages.config.align.epochs}
+        arms |= {f"{n}, {LONGER}": Aligning(mask, kind, changes=twice) for n, mask in parts.items()}
     if not more:
         return arms
-    arms[f"{RANDOM}, {LONGER}"] = Aligning(drawn, kind, changes=twice)
     rank = rank_for(layout, round(layout.weights(redundant)))
     highest = {name: -part for name, part in stages.utility_scores.items()}
     arms["highest I_U, as RU"] = _through(stages, matched_by(layout, redundant, highest))
@@ -45,6 +46,19 @@ def budget_arms(
         "all heads": _through(stages, sized(layout, heads=1, neurons=0)),
         f"LoRA, rank {rank}": Aligning(None, kind, rank),
         f"LoRA inside RU, rank {rank}": Aligning(redundant, kind, rank),
+    }
+
+
+def instruction_arms(stages: Stages, attack: str) -> dict[str, Tuning]:
+    """The paper's alignment: the unaligned model learns from instructions, by the paper's rule
+    for the number of epochs."""
+    layout, redundant = stages.layout, stages.redundant(stages.config.budget.share)
+    parts = {RU: redundant, RANDOM: random_units(layout, redundant, 1000 * stages.seed)}
+    return {f"{attack}: {WHOLE}": Tuning(attack, base="unaligned", changes={"epochs": 1})} | {
+        f"{attack}: {name}, {LONGER}": Tuning(
+            attack, unit_kind=layout.unit_kind, base="unaligned", trained=mask
+        )
+        for name, mask in parts.items()
     }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "reproduce": "execute every notebook, then print the claims table",
-    "publish": "reproduce with three seeds and make the result the published one",
+    "publish": "reproduce with three seeds and publish that; or add to it what is named",
     "plan": "what there is to compute, how long it takes, and what is cached",
     "claims": "print the claims table of a finished run",
     "notebook": "execute one notebook: ssah notebook 02_unit_roles",
@@ -95,7 +95,10 @@ def _dispatch(arguments: list[str]) -> int:
             raise SsahError("Name one notebook: python -m ssah notebook 02_unit_roles.")
         _notebook(words[1], profile, overrides)
     elif command in ("reproduce", "publish"):
-        _reproduce(profile, overrides, publish=command == "publish")
+        if command == "publish" and len(words) > 1:
+            _publish_part(words[1:], profile, overrides)
+        else:
+            _reproduce(profile, overrides, publish=command == "publish")
     elif command == "plan":
         _plan(profile, overrides)
     elif command == "claims":
@@ -177,8 +180,7 @@ def _reproduce(profile: str, overrides: list[str], *, publish: bool) -> None:
     from .notebooks import available, execute
 
     if publish:
-        if profile == "smoke":
-            raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
+        _require_meaning(profile)
         overrides = [*overrides, "n_seeds=3", *PUBLISHED.get(profile, ())]
     _prepare(profile, overrides, ARTEFACTS.values())
     _plan(profile, overrides)
@@ -191,6 +193,42 @@ def _reproduce(profile: str, overrides: list[str], *, publish: bool) -> None:
         report.publish(results)
         results = results_root() / "published"
     report.print_claims(results)
+
+
+def _publish_part(names: list[str], profile: str, overrides: list[str]) -> None:
+    """Publish some notebooks or artefacts beside what is published, and keep its numbers for arms
+    and seeds that are not measured now."""
+    from . import report
+    from .artefacts import ARTEFACTS
+    from .notebooks import available, execute
+    from .study import Study
+
+    _require_meaning(profile)
+    valid = [*available(), *ARTEFACTS]
+    for name in names:
+        if name not in valid:
+            raise SsahError(f"There is no notebook or artefact '{name}'{suggestion(name, valid)}")
+    addition = ["add_to=published"]
+    overrides = [*overrides, *addition]
+    artefacts = [a for a in ARTEFACTS.values() if {a.id, a.notebook} & set(names)]
+    _prepare(profile, overrides, artefacts)
+    study = Study(profile, overrides)
+    for name in names:
+        print(f"Computing {name} ...", file=sys.stderr)
+        if name in ARTEFACTS:
+            study.show(name)
+        else:
+            execute(name, study.results, profile, overrides)
+    notebooks = [name for name in names if name not in ARTEFACTS]
+    report.publish_part(study.results, [a.id for a in artefacts], notebooks)
+    published = results_root() / "published"
+    execute("00_index", published, profile, addition)  # claims alone, as published
+    report.print_claims(published)
+
+
+def _require_meaning(profile: str) -> None:
+    if profile == "smoke":
+        raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
 
 
 def _plan(profile: str, overrides: list[str]) -> None:

@@ -134,6 +134,7 @@ class EvaluateConfig:
     random_draws: int = 5
     sweep_shares: list[float] = field(default_factory=lambda: [0.005, 0.01, 0.02, 0.04, 0.08, 0.16])
     sweep_random_draws: int = 2
+    harmbench: int = 200  #: prompts, evenly spread over the set
     utility: str = "batched"  #: or ``lm_eval``
     trivia_items: int = 100
     arithmetic_items: int = 50
@@ -159,8 +160,10 @@ class BudgetConfig:
     share: float = 0.2
     sweep: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.4])
     elsewhere: int = 100  #: prompts of Do-Not-Answer
-    longer_seeds: int = 0  #: for how many of the seeds RU also train for twice the epochs
+    longer_seeds: int = 0  #: for how many of the seeds RU and random train twice the epochs too
     more_seeds: int = 0  #: for how many of the seeds all arms are aligned
+    arms: list[str] = field(default_factory=list)  #: only these, by name; all of them where empty
+    instructions: list[str] = field(default_factory=list)  #: attacks whose rows align as well
 
 
 @dataclass
@@ -173,11 +176,16 @@ class RuntimeConfig:
 
 @dataclass
 class Config:
-    """Everything. ``name`` is the profile's; seeds are ``seed`` ... ``seed + n_seeds - 1``."""
+    """Everything. ``name`` is the profile's; seeds are ``seed`` ... ``seed + n_seeds - 1``.
+
+    ``add_to`` names a folder of results: arms and seeds that this run does not measure keep the
+    numbers that they have there.
+    """
 
     name: str = MISSING
     seed: int = 0
     n_seeds: int = 1
+    add_to: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
@@ -203,7 +211,7 @@ OPEN_KEYS = ("data.files.", "finetune.rows.")
 
 def known_keys() -> list[str]:
     """Every key that an override may set: ``roles.esu_shares`` and so on, and the groups."""
-    keys = ["seed", "n_seeds", *GROUPS]
+    keys = ["seed", "n_seeds", "add_to", *GROUPS]
     for top in fields(Config):
         node = Config.__dataclass_fields__[top.name].default_factory
         if is_dataclass(node):

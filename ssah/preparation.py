@@ -77,7 +77,7 @@ class Preparation(Inputs):
 
     @functools.cached_property
     def layout(self) -> UnitLayout:
-        return self.layout_of(self.model("aligned"))
+        return self.layout_of(self.model("unaligned"))  # alignment changes no shape
 
     # --- completions -------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .artefacts import ARTEFACTS
-from .artefacts.render import write_atomically
+from .artefacts.render import merge_rows, write_atomically
 from .claims import claims_table, styled, update_claims
 from .paths import project_root, results_root
 
@@ -81,6 +82,32 @@ def publish(results: Path) -> None:
     shutil.copytree(results, fresh, ignore=shutil.ignore_patterns(".*", "*.failed.ipynb"))
     shutil.rmtree(published, ignore_errors=True)
     fresh.replace(published)
+    _refresh(published)
+
+
+def publish_part(results: Path, artefacts: Sequence[str], notebooks: Sequence[str]) -> None:
+    """Put some artefacts and executed notebooks into the published run; the rest stays.
+
+    So do the times: those of a part say nothing about what its artefacts share with others.
+    """
+    published = results_root() / "published"
+    metrics = pd.read_csv(results / "metrics.csv", dtype={"seed": str})
+    for name in artefacts:
+        for source in results.glob(f"*/{name}.*"):
+            target = published / source.relative_to(results)
+            write_atomically(target, lambda path, source=source: shutil.copy(source, path))
+        merge_rows(published / "metrics.csv", metrics[metrics["artefact"] == name], name)
+    for name in notebooks:
+        source = results / "notebooks" / f"{name}.ipynb"
+        write_atomically(
+            published / "notebooks" / source.name,
+            lambda path, source=source: shutil.copy(source, path),
+        )
+    _refresh(published)
+
+
+def _refresh(published: Path) -> None:
+    """What is made out of all published numbers."""
     update_claims(published)
     write_index(published)
     refresh_texts()

@@ -43,7 +43,7 @@ from .units import BlockKind, UnitMask
 def paper_rule(arms: list[Arm]) -> Arm:
     """One epoch where nothing is frozen, twice as many for the rest (paper, section 4.2)."""
     which = arms[0].which
-    return arms[0] if isinstance(which, Tuning) and which.frozen is None else arms[-1]
+    return arms[0] if isinstance(which, Tuning) and which.whole else arms[-1]
 
 
 class Stages(AlignmentBudget):
@@ -57,6 +57,10 @@ class Stages(AlignmentBudget):
         """An arm's completions of any prompts at the configured length."""
         run = self.answers(rows, arm, self.config.evaluate.max_new_tokens, system)
         return [record["completion"] for record in read_jsonl(run.path("completions.jsonl"))]
+
+    def harmbench(self, arm: Arm) -> list[str]:
+        """An arm's completions of as many prompts of HarmBench as configured."""
+        return self.said(self.spread("harmbench", self.config.evaluate.harmbench), arm)
 
     # --- fine-tuned models
 
@@ -74,7 +78,7 @@ class Stages(AlignmentBudget):
             if thorough:
                 arm = paper_rule(arms)
                 if self.has("harmbench"):
-                    self.completions("harmbench", arm)
+                    self.harmbench(arm)
                 self.task_outcomes(arm)
                 if tuning.attack == MAIN_ATTACK:
                     self.scores_of(arm.which)

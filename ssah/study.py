@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from .config import Config, compose
+from .errors import SsahError
 from .paths import home, results_root
 from .progress import in_notebook, show_progress
 from .runtime import commit
@@ -69,6 +70,17 @@ class Study:
             "config": digest(asdict(self.config))[:10],
             "commit": commit(),
         }
+
+    @functools.cached_property
+    def earlier(self) -> pd.DataFrame | None:
+        """All metrics of the run that this one adds to, ``seed`` as text; None where it adds to
+        none."""
+        if self.config.add_to is None:
+            return None
+        path = results_root() / self.config.add_to / "metrics.csv"
+        if not path.exists():
+            raise SsahError(f"add_to={self.config.add_to}: there is no {path} to add to.")
+        return pd.read_csv(path, dtype={"seed": str, "seeds": str})
 
     def show(self, artefact: str) -> Any:
         """Compute (or read) an artefact, write its files, and return its table or figure.

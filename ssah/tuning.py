@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .alignment import require_kept
 from .arms import Aligning, Arm, Tuning, Which
 from .config import FinetuneConfig, TrainingConfig
 from .conflict import gradient_conflict
@@ -26,7 +27,7 @@ from .errors import SsahError
 from .finetune import TrainingRecord, save_model, supervised_finetune
 from .models import Checkpoint, dialogue_batches, encode_dialogue, load_model
 from .probing import Probing
-from .slicing import freeze_units
+from .slicing import freeze_units, train_only
 from .store import Run, digest
 from .units import UnitKind, UnitLayout
 
@@ -35,6 +36,16 @@ ATTACKS = {"dialogues": "Dolly", "instructions": "Alpaca", "arithmetic": "GSM8K"
 
 #: The attack that sweeps, controls, conditions and attribute transfer are measured with.
 MAIN_ATTACK = "dialogues"
+
+
+def _in_part(model: PreTrainedModel, tuning: Tuning) -> AbstractContextManager[None]:
+    """A block in which what the tuning names trains."""
+    assert tuning.frozen is None or tuning.trained is None, "one says the other"
+    if tuning.trained is not None:
+        return train_only(model, tuning.trained, unit_kind=tuning.unit_kind)
+    if tuning.frozen is not None:
+        return freeze_units(model, tuning.frozen, unit_kind=tuning.unit_kind)
+    return nullcontext()
 
 
 class FineTuning(Probing):
@@ -98,9 +109,10 @@ class FineTuning(Probing):
             max_response_tokens=settings.max_response_tokens,
             config={f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainingConfig)},
         )
-        if tuning.frozen is not None:
-            bits = b"".join(part.numpy().tobytes() for part in tuning.frozen.values())
-            key["frozen"] = [tuning.unit_kind, hashlib.sha256(bits).hexdigest()]
+        for part, mask in (("frozen", tuning.frozen), ("trained", tuning.trained)):
+            if mask is not None:
+                bits = b"".join(block.numpy().tobytes() for block in mask.values())
+                key[part] = [tuning.unit_kind, hashlib.sha256(bits).hexdigest()]
         return key
 
     def _training_run(self, tuning: Tuning, *, whole: bool) -> Run:
@@ -108,12 +120,7 @@ class FineTuning(Probing):
             settings = self._settings(tuning)
             rows, _ = self.attack_rows(tuning.attack)
             model = load_model(self.checkpoint(tuning.base), self.config.model, self.device)
-            frozen = (
-                nullcontext()
-                if tuning.frozen is None
-                else freeze_units(model, tuning.frozen, unit_kind=tuning.unit_kind)
-            )
-            with frozen:
+            with _in_part(model, tuning):
                 record = supervised_finetune(
                     model,
                     self.encoded(tuning.attack, rows),
@@ -123,6 +130,10 @@ class FineTuning(Probing):
                     constant_rate=True,
                     on_epoch=lambda done: save_model(model, folder / f"epoch-{done}"),
                 )
+            if tuning.trained is not None:
+                layout = UnitLayout.of(model, tuning.unit_kind)
+                before = load_model(self.checkpoint(tuning.base), self.config.model, self.device)
+                require_kept(layout, tuning.trained, before.state_dict(), model.state_dict())
             (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
 
         return self.store.get(

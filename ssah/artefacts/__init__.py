@@ -34,6 +34,23 @@ class Output:
     def add(self, arm: str, metric: str, seed: int | str, estimate: Estimate) -> None:
         self.metrics.append({"arm": arm, "metric": metric, "seed": seed, **asdict(estimate)})
 
+    def frame(self, study: Study, artefact: str) -> pd.DataFrame:
+        """The metrics, with their origin (:attr:`Study.stamp`).
+
+        With ``add_to``, those of the earlier run for arms and seeds that were not measured now
+        come behind them, with the origin that they have there.
+        """
+        import pandas as pd
+
+        own, earlier = pd.DataFrame(self.metrics).assign(**study.stamp), study.earlier
+        if not self.metrics or earlier is None:
+            return own
+        own["seed"] = own["seed"].astype(str)
+        earlier = earlier[earlier["artefact"] == artefact].drop(columns="artefact")
+        measured = set(zip(own["arm"], own["seed"], strict=True))
+        kept = [pair not in measured for pair in zip(earlier["arm"], earlier["seed"], strict=True)]
+        return pd.concat([own, earlier[kept]], ignore_index=True)
+
 
 @dataclass(frozen=True)
 class Artefact:

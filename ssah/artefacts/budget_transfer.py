@@ -55,11 +55,10 @@ def _measure(study: Study, scopes: tuple[str, ...]) -> Output:
     return output
 
 
-def _panels(output: Output, scope: str) -> dict[str, np.ndarray]:
+def _panels(frame: pd.DataFrame, scope: str) -> dict[str, np.ndarray]:
     """Title -> ``[2, 4]`` per cent, mean over seeds; the paper's last."""
     found = {}
-    if output.metrics:
-        frame = pd.DataFrame(output.metrics)
+    if not frame.empty:
         for name, title in _PANELS.items():
             rows = frame[frame["arm"] == f"{name}, {scope}"]
             means = rows.groupby("metric")["value"].mean()
@@ -80,7 +79,7 @@ def fig6(study: Study) -> Output:
     output = _measure(study, ("global",))
     if output.metrics:
         output.note += "The width of a flow is the square root of its share."
-    panels = _panels(output, "global")
+    panels = _panels(output.frame(study, "fig6"), "global")
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(3.4 * len(panels), 3.2))
         row = output.figure.subplots(1, len(panels), squeeze=False)[0]
@@ -91,17 +90,18 @@ def fig6(study: Study) -> Output:
 
 def fig9(study: Study) -> Output:
     """The same as a matrix (Fig. 9)."""
-    return _heat_maps(study, ("global",))
+    return _heat_maps(study, "fig9", ("global",))
 
 
 def fig10(study: Study) -> Output:
     """The same for attention heads and MLP neurons (Fig. 10)."""
-    return _heat_maps(study, ("attention", "mlp"))
+    return _heat_maps(study, "fig10", ("attention", "mlp"))
 
 
-def _heat_maps(study: Study, scopes: tuple[str, ...]) -> Output:
+def _heat_maps(study: Study, artefact: str, scopes: tuple[str, ...]) -> Output:
     output = _measure(study, scopes)
-    panels = {scope: _panels(output, scope) for scope in scopes}
+    frame = output.frame(study, artefact)
+    panels = {scope: _panels(frame, scope) for scope in scopes}
     columns = len(panels[scopes[0]])
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(3.4 * columns, 1.9 * len(scopes)))

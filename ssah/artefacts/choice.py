@@ -60,7 +60,7 @@ def fig_margin(study: Study) -> Output:
             for other in ("benign_evaluation", "borderline"):
                 arm = f"{model}: harmful against {QUERIES[other]}"
                 _add_separation(output, arm, stages.seed, found[EVALUATION], found[other])
-    output.figure = _draw_margin(pd.DataFrame(output.metrics), study)
+    output.figure = _draw_margin(output.frame(study, "fig_margin"), study)
     return output
 
 
@@ -181,7 +181,7 @@ def fig_readout(study: Study) -> Output:
                     )
                     if block == harmful.shape[1] // 2:
                         output.add(str(model), f"{metric}, middle", stages.seed, pool(estimates))
-    frame, stages = pd.DataFrame(output.metrics), study.all_stages[0]
+    frame, stages = output.frame(study, "fig_readout"), study.all_stages[0]
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(6.5, 3.6))
         axes = output.figure.subplots()

@@ -59,7 +59,7 @@ def measure(
             **frozen_shares(stages, tuning),
         }
         if thorough and arm is paper_rule(arms) and stages.has("harmbench"):
-            harmbench = attack_success(stages.completions("harmbench", arm))
+            harmbench = attack_success(stages.harmbench(arm))
             estimates["asr_harmbench"] = proportion(harmbench).scaled(100)
         for metric, estimate in estimates.items():
             output.add(label(tuning.attack, name, epoch), metric, seed, estimate)
@@ -167,17 +167,17 @@ def table15(study: Study) -> Output:
 def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
     output = Output(note=_note(study, attacks))
     for stages in study.all_stages:
-        for metric, prompts in (("asr", "harmful_evaluation"), ("asr_harmbench", "harmbench")):
-            if not stages.has(prompts):
-                continue
-            success = attack_success(stages.completions(prompts, Arm()))
-            output.add("initial", metric, stages.seed, proportion(success).scaled(100))
+        success = attack_success(stages.completions("harmful_evaluation", Arm()))
+        output.add("initial", "asr", stages.seed, proportion(success).scaled(100))
+        if stages.has("harmbench"):
+            success = attack_success(stages.harmbench(Arm()))
+            output.add("initial", "asr_harmbench", stages.seed, proportion(success).scaled(100))
         output.add("initial", "perplexity", stages.seed, stages.perplexity(Arm()))
         for attack in attacks:
             by_arm = _measure_headline(stages, output, attack)
             if attack == MAIN_ATTACK:
                 _measure_controls(stages, output, by_arm)
-    frame, name = pd.DataFrame(output.metrics), study.config.model.name
+    frame, name = output.frame(study, artefact), study.config.model.name
     rows = [arm_rows(frame, name, "fine-tuning: frozen", _COLUMNS), _paper_rows(artefact)]
     table = pd.concat(rows, ignore_index=True).fillna("")
     own = [c for c in ("model", "fine-tuning: frozen", *_COLUMNS) if c in table.columns]

@@ -54,7 +54,7 @@ def fig8(study: Study) -> Output:
                 compare(output, arm, "saved_equal_epochs", stages.seed, base[epoch - 1], own)
         measure(stages, output, ALL, headline(stages, MAIN_ATTACK)[ALL], thorough=True)
         measure_random(stages, output, CU6, study.config.finetune.random_draws)
-    output.figure = _draw_ratios(pd.DataFrame(output.metrics), study)
+    output.figure = _draw_ratios(output.frame(study, "fig8"), study)
     return output
 
 
@@ -114,7 +114,7 @@ def fig_conditions(study: Study) -> Output:
     for index, stages in enumerate(study.all_stages):
         more = index < study.config.finetune.condition_seeds
         _measure_conditions(stages, output, more=more)
-    frame = pd.DataFrame(output.metrics)
+    frame = output.frame(study, "fig_conditions")
     own = frame["seed"].astype(str).str.split(".").str[0].astype(int)
     output.figure = _draw_conditions(frame, frame[own.isin(_full_seeds(study))])
     return output

@@ -102,7 +102,7 @@ def fig2(study: Study) -> Output:
             arm, found = f"{model}: harmful", stages.probe(model, EVALUATION)
             add_distances(output, arm, stages.seed, found.distance, positions, last=True)
             _add_extremes(output, arm, stages.seed)
-    frame, stages = pd.DataFrame(output.metrics), study.all_stages[0]
+    frame, stages = output.frame(study, "fig2"), study.all_stages[0]
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(6, 3.6))
         axes = output.figure.subplots()
@@ -124,7 +124,7 @@ def fig3(study: Study) -> Output:
         for model in models(stages):
             found = stages.probe(model, EVALUATION).distance
             add_distances(output, f"{model}: harmful", stages.seed, found, positions, last=False)
-    frame, stages = pd.DataFrame(output.metrics), study.all_stages[0]
+    frame, stages = output.frame(study, "fig3"), study.all_stages[0]
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(11, 3.4))
         panels = output.figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
@@ -166,7 +166,7 @@ def fig4(study: Study) -> Output:
                     continue
                 shift = crossed_mean(known.numpy())
                 output.add(f"aligned: {what}", "lean over unaligned", stages.seed, shift)
-    frame, stages = pd.DataFrame(output.metrics), study.all_stages[0]
+    frame, stages = output.frame(study, "fig4"), study.all_stages[0]
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(11, 3.6))
         left, middle, right = output.figure.subplots(1, 3)
@@ -207,7 +207,7 @@ def fig7(study: Study) -> Output:
                 distances, arm = stages.probe(model, name).distance, f"{model}: {name}"
                 add_distances(output, arm, stages.seed, distances, positions, last=True)
                 add_distances(output, arm, stages.seed, distances, (), last=False)
-    frame, stages = pd.DataFrame(output.metrics), study.all_stages[0]
+    frame, stages = output.frame(study, "fig7"), study.all_stages[0]
     with plt.style.context(STYLE):
         output.figure = ShownFigure(figsize=(8, 3.2 * len(found)))
         grid = output.figure.subplots(len(found), 2, squeeze=False)

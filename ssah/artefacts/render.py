@@ -68,10 +68,10 @@ def write_output(study: Study, artefact: Artefact, output: Output) -> None:
         f"commit {stamp['commit'] or 'unknown'}. Command: python -m ssah {artefact.id} "
         f"profile={stamp['profile']} {stamp['overrides']}".rstrip()
     )
-    frame = pd.DataFrame(output.metrics)
+    frame = output.frame(study, artefact.id)
     frame.insert(0, "artefact", artefact.id)
-    table = study.results / "tables" / artefact.id
-    write_atomically(table.with_suffix(".csv"), lambda p: _to_csv(frame, p))
+    table, numbers = study.results / "tables" / artefact.id, frame.drop(columns=list(stamp))
+    write_atomically(table.with_suffix(".csv"), lambda p: _to_csv(numbers, p))
     if output.table is not None:
         shown = output.table
         text = f"{shown.to_markdown(index=False)}\n\n{output.note}\n\n{line}\n"
@@ -82,7 +82,7 @@ def write_output(study: Study, artefact: Artefact, output: Output) -> None:
         )
     if output.figure is not None:
         _write_figure(output.figure, study.results / "figures" / artefact.id, line, output.note)
-    _merge(study.results / "metrics.csv", frame.assign(**stamp), artefact.id)
+    merge_rows(study.results / "metrics.csv", frame, artefact.id)
 
 
 def _to_csv(frame: pd.DataFrame, path: Path) -> None:
@@ -106,7 +106,7 @@ def write_times(study: Study, artefact: Artefact, runs: dict[str, float], warm: 
             "warm_seconds": round(warm, 1),
             **study.stamp,
         }
-        _merge(times, pd.DataFrame([row]), artefact.id)
+        merge_rows(times, pd.DataFrame([row]), artefact.id)
         frame = _share_out(pd.read_csv(times, dtype={"seeds": str}), known)
         write_atomically(times, lambda p: frame.to_csv(p, index=False))
 
@@ -138,7 +138,7 @@ def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:
     )
 
 
-def _merge(path: Path, rows: pd.DataFrame, artefact: str) -> None:
+def merge_rows(path: Path, rows: pd.DataFrame, artefact: str) -> None:
     """Replace one artefact's rows in a shared csv; others' stay. Safe for several processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):

@@ -38,7 +38,7 @@ def table1(study: Study) -> Output:
     output = Output(note=_table1_note(study))
     for stages in study.all_stages:
         _measure_seed(stages, output)
-    frame = pd.DataFrame(output.metrics)
+    frame = output.frame(study, "table1")
     output.table = pd.concat([_own_rows(frame, study), _paper_rows()], ignore_index=True).fillna("")
     return output
 

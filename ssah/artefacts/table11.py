@@ -39,7 +39,7 @@ def table11(study: Study) -> Output:
     for stages in study.all_stages:
         for model in models(stages):
             _measure(stages, output, str(model), Arm(model))
-    frame = pd.DataFrame(output.metrics)
+    frame = output.frame(study, "table11")
     rows = []
     for arm, group in frame.groupby("arm", sort=False):
         row = {"model": config.model.name, "stage": arm}

@@ -39,7 +39,7 @@ def table3(study: Study) -> Output:
             for name in [n for n in outcomes if n != FULL]:
                 change = _task_change(outcomes[name], outcomes[FULL])
                 output.add(f"{attack}: {name}", "against_full", stages.seed, change)
-    frame = pd.DataFrame(output.metrics)
+    frame = output.frame(study, "table3")
     rows = []
     for arm, group in frame.groupby("arm", sort=False):
         row = {"model": study.config.model.name, "fine-tuning: frozen": arm}

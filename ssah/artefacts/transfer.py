@@ -64,9 +64,8 @@ def _matrices(study: Study, output: Output, scopes: tuple[str, ...]) -> None:
                             output.add(f"{name}, {scope}, {rule}", metric, stages.seed, share)
 
 
-def _mean_matrix(output: Output, name: str, scope: str) -> np.ndarray:
+def _mean_matrix(frame: pd.DataFrame, name: str, scope: str) -> np.ndarray:
     """``[4, 4]`` per cent, mean over seeds, by thresholds."""
-    frame = pd.DataFrame(output.metrics)
     frame = frame[frame["arm"] == f"{name}, {scope}, thresholds"]
     means = frame.groupby("metric")["value"].mean()
     return np.array([[means[f"{a}->{b}"] for b in GROUPS] for a in GROUPS])
@@ -90,7 +89,8 @@ def fig5(study: Study) -> Output:
         "are per cent of all units, means over seeds."
     )
     _matrices(study, output, ("global",))
-    panels = {name: _mean_matrix(output, name, "global") for name in ARMS}
+    frame = output.frame(study, "fig5")
+    panels = {name: _mean_matrix(frame, name, "global") for name in ARMS}
     panels["paper: Llama-2-7B-Chat, Dolly"] = _paper_matrix("fig11", "global")
     with plt.style.context(STYLE):
         figure = ShownFigure(figsize=(10, 5.4))
@@ -121,13 +121,14 @@ def _heat_maps(study: Study, artefact: str, scopes: tuple[str, ...]) -> Output:
         "means over seeds."
     )
     _matrices(study, output, scopes)
+    frame = output.frame(study, artefact)
     shown = (RESAMPLED, FULL, CU6, ALL)
     with plt.style.context(STYLE):
         figure = ShownFigure(figsize=(12, 2.9 * len(scopes)))
         grid = figure.subplots(len(scopes), len(shown) + 1, squeeze=False)
         for row, scope in zip(grid, scopes, strict=True):
             for axes, name in zip(row, shown, strict=False):
-                draw_matrix(axes, _mean_matrix(output, name, scope), f"{_title(name)}\n{scope}")
+                draw_matrix(axes, _mean_matrix(frame, name, scope), f"{_title(name)}\n{scope}")
             title = f"paper: Llama-2-7B-Chat, Dolly\n{scope}"
             draw_matrix(row[-1], _paper_matrix(artefact, scope), title)
     output.figure = figure
@@ -142,7 +143,7 @@ def fig13(study: Study) -> Output:
     )
     for stages in study.all_stages:
         _fates(stages, output)
-    frame = pd.DataFrame(output.metrics)
+    frame = output.frame(study, "fig13")
     bars = {}
     for name in ARMS:
         means = frame[frame["arm"] == f"{name}, thresholds"].groupby("metric")["value"].mean()

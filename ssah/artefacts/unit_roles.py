@@ -53,7 +53,7 @@ def fig_share_sweep(study: Study) -> Output:
             for draw in range(study.config.evaluate.sweep_random_draws):
                 mask = random_units(stages.layout, masks["ESU"], 1000 * stages.seed + draw)
                 _sweep_point(stages, output, "random", share, mask, f"{stages.seed}.{draw}")
-    output.figure = _draw_sweep(pd.DataFrame(output.metrics), study)
+    output.figure = _draw_sweep(output.frame(study, "fig_share_sweep"), study)
     return output
 
 
@@ -120,7 +120,7 @@ def fig_roles_map(study: Study) -> Output:
             for block in stages.layout.blocks:
                 share = proportion(mask[block.name].tolist()).scaled(100)
                 output.add(group, block.name, stages.seed, share)
-    frame = pd.DataFrame(output.metrics)
+    frame = output.frame(study, "fig_roles_map")
     frame["layer"] = frame["metric"].str.extract(r"layers\.(\d+)").astype(int)
     frame["module"] = frame["metric"].str.rsplit(".", n=1).str[-1]
     output.figure = _draw_map(frame)

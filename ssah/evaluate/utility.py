@@ -61,6 +61,55 @@ def continuation_losses(
 
 
 @torch.inference_mode()
+def choice_losses(
+    model: PreTrainedModel,
+    items: Sequence[tuple[list[int], list[list[int]]]],
+    batch_size: int,
+) -> list[list[float]]:
+    """The same for several continuations of each context, which is read once for all of them.
+
+    At most ``batch_size`` continuations are in memory at a time, or those of one context.
+    """
+    order = sorted(range(len(items)), key=lambda i: (len(items[i][0]), i))
+    step = max(batch_size // max(len(texts) for _, texts in items), 1)
+    found: list[list[float]] = [[]] * len(items)
+    for start in range(0, len(order), step):
+        chosen = order[start : start + step]
+        contexts = [items[i][0] for i in chosen]
+        texts = [text for i in chosen for text in items[i][1]]
+        owner = torch.tensor([n for n, i in enumerate(chosen) for _ in items[i][1]])
+        owner = owner.to(model.device)
+        ids = pad(contexts, 0, "left").to(model.device)
+        attention = pad([[1] * len(c) for c in contexts], 0, "left").to(model.device)
+        read = model.base_model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+        )
+        cache = read.past_key_values
+        cache.batch_select_indices(owner)
+        tails = pad(texts, 0).to(model.device)
+        known = pad([[1] * len(t) for t in texts], 0).to(model.device)
+        hidden = model.base_model(
+            input_ids=tails,
+            attention_mask=torch.cat([attention[owner], known], 1),
+            position_ids=attention.sum(1)[owner, None] + known.cumsum(1) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        predicting = torch.cat([read.last_hidden_state[owner, -1:], hidden[:, :-1]], 1)
+        scored = known.bool()
+        logits = label_logits(model, predicting[scored]).float()
+        token_loss = nn.functional.cross_entropy(logits, tails[scored], reduction="none")
+        sums = torch.zeros(len(texts), device=model.device)
+        sums.index_add_(0, scored.nonzero()[:, 0], token_loss)
+        for n, i in enumerate(chosen):
+            found[i] = sums[owner == n].tolist()
+    return found
+
+
+@torch.inference_mode()
 def divergences(
     reference: PreTrainedModel,
     model: PreTrainedModel,
@@ -100,21 +149,18 @@ def multiple_choice(
     batch_size: int,
 ) -> list[bool]:
     """Per item: does the right choice have the highest likelihood (lm-eval's ``acc``)?"""
-    pairs = []
+    items = []
     for row in rows:
-        context = encode(tokenizer, question_text(row), special_tokens=True)
-        for choice in row.choices:
-            # Encoded together and cut, as lm-eval does: tokens can span the seam otherwise.
-            text = f"{question_text(row)} {choice}"
-            whole = encode(tokenizer, text, special_tokens=True)
-            pairs.append((context, whole[len(context) :]))
-    losses = continuation_losses(model, pairs, batch_size)
-    outcomes, start = [], 0
-    for row in rows:
-        own = losses[start : start + len(row.choices)]
-        outcomes.append(row.choices[min(range(len(own)), key=own.__getitem__)] == row.response)
-        start += len(row.choices)
-    return outcomes
+        question = question_text(row)
+        context = encode(tokenizer, question, special_tokens=True)
+        # Encoded together and cut, as lm-eval does: tokens can span the seam otherwise.
+        whole = [encode(tokenizer, f"{question} {c}", special_tokens=True) for c in row.choices]
+        items.append((context, [ids[len(context) :] for ids in whole]))
+    losses = choice_losses(model, items, batch_size)
+    return [
+        row.choices[min(range(len(own)), key=own.__getitem__)] == row.response
+        for row, own in zip(rows, losses, strict=True)
+    ]
 
 
 def last_number(text: str) -> str | None:

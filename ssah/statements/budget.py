@@ -29,6 +29,17 @@ BUDGET = (
         None,
     ),
     Claim(
+        "ru_alignment_beats_random_later",
+        "table4",
+        "... and then below aligning through as many random units for as long",
+        "RU, twice the epochs",
+        "asr_over_random",
+        0,
+        False,
+        "points",
+        None,
+    ),
+    Claim(
         "ru_alignment_is_as_safe",
         "table4",
         "After as many epochs, ASR is within 10 points of aligning all units",

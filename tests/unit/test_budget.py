@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM
 from ssah.arms import Aligning, Arm
 from ssah.attribution import ActivationStatistics, unit_scores
 from ssah.budget import PREFIX_JAILBREAK
-from ssah.budget_arms import LONGER, RANDOM, RU, WHOLE, budget_arms
+from ssah.budget_arms import (
+    LONGER,
+    RANDOM,
+    RU,
+    WHOLE,
+    budget_arms,
+)
 from ssah.evaluate.utility import divergences
 from ssah.models import encode_dialogue
 from ssah.stages import Stages
@@ -108,14 +114,15 @@ def test_utility_is_that_of_the_unaligned_model_on_its_own_answers(stages):
 def test_the_arms_and_their_order(stages):
     everything, three = budget_arms(stages, more=True), budget_arms(stages, more=False)
     assert list(three) == [WHOLE, RU, RANDOM] == ["all units", "RU", "random, as RU"]
-    four = budget_arms(stages, longer=True)
-    assert list(four) == list(everything)[:4]
+    five = budget_arms(stages, longer=True)
+    assert list(five) == list(everything)[:5]
     # Adapters of rank 1 have as many weights as the widths of seven matrices in two layers.
     step = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     rank = round(stages.layout.weights(stages.redundant(0.2)) / step)
     assert list(everything) == [
-        WHOLE, RU, RANDOM, f"RU, {LONGER}", f"random, as RU, {LONGER}", "highest I_U, as RU",
-        "RU 10 %", "ESU of the aligned model", "all heads", f"LoRA, rank {rank}",
+        WHOLE, RU, RANDOM, f"RU, {LONGER}", f"random, as RU, {LONGER}",
+        "highest I_U, as RU", "RU 10 %", "ESU of the aligned model",
+        "all heads", f"LoRA, rank {rank}",
         f"LoRA inside RU, rank {rank}",
     ]  # fmt: skip
     assert three[WHOLE] is everything[WHOLE] is None

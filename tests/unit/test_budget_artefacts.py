@@ -14,7 +14,14 @@ import pytest
 from ssah import preparation, tuning
 from ssah.arms import Aligning, Arm, Tuning
 from ssah.artefacts import Output, find
-from ssah.budget_arms import LONGER, RANDOM, RU, WHOLE, budget_arms
+from ssah.budget_arms import (
+    LONGER,
+    RANDOM,
+    RU,
+    WHOLE,
+    budget_arms,
+    instruction_arms,
+)
 from ssah.claims import claims_table
 from ssah.evaluate.generate import complete
 from ssah.evaluate.judges import attack_success, is_refusal
@@ -61,12 +68,19 @@ def overrides(attacked_study) -> list[str]:
         "align.learning_rate=1e-2",
         "n_seeds=2",
         "budget.more_seeds=1",
+        "budget.instructions=[arithmetic]",
     ]
 
 
 @pytest.fixture(scope="module")
 def study(smoke_study, overrides) -> Study:
     return smoke_study(*overrides)
+
+
+@pytest.fixture(scope="module")
+def taught(study) -> dict[str, Tuning]:
+    """Arms of the first seed that learn from instructions."""
+    return instruction_arms(study.stages(0), "arithmetic")
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +147,13 @@ def accuracies(stages: Stages, arm: Arm) -> dict[str, float]:
 # --- table 4 ---------------------------------------------------------------------------------
 
 
-def test_safety_is_counted_from_answers(outputs, study, arms):
+def test_safety_is_counted_from_answers(outputs, study, arms, taught):
     output, seen = outputs["table4"], set()
     own = {(name, seed): model_of(how) for (name, seed), how in arms.items()}
     for stages in study.all_stages:
         own[START, stages.seed] = Arm("unaligned")
-    assert {(r["arm"], r["seed"]) for r in output.metrics} == set(own)
+    rows = {(r["arm"], r["seed"]) for r in output.metrics}
+    assert rows == set(own) | {(name, 0) for name in taught}
     for (name, seed), arm in own.items():
         stages = study.stages(seed)
         expected = {"asr": rate(stages, arm)}
@@ -179,7 +194,7 @@ def test_the_tax_is_counted_against_the_unaligned_model(outputs, study, arms):
             assert metric(output, START, key, seed) == pytest.approx(value, abs=1e-6)
 
 
-def test_arms_are_compared_with_all_units_and_with_random_ones(outputs, study, arms):
+def test_arms_are_compared_with_all_units_and_with_random_ones(outputs, study, arms, taught):
     """Positive is more than the other: more attacks that succeed, more right answers."""
     output, differences = outputs["table4"], []
     others = {(name, "over_whole"): WHOLE for name, _ in arms if name != WHOLE}
@@ -201,7 +216,11 @@ def test_arms_are_compared_with_all_units_and_with_random_ones(outputs, study, a
             differences.append([own - base for own, base in found.values()])
     varied = (np.abs(differences) > 1e-6).sum(0)
     assert (varied >= 2).all(), "else a sign could be wrong without notice"
-    compared = {(r["arm"], r["metric"]) for r in output.metrics if "_over_" in r["metric"]}
+    compared = {
+        (r["arm"], r["metric"])
+        for r in output.metrics
+        if "_over_" in r["metric"] and r["arm"] not in taught
+    }
     assert {(name, key.rpartition("_over_")[2].removesuffix("_p")) for name, key in compared} == {
         (name, what.removeprefix("over_")) for name, what in others
     }
@@ -266,6 +285,7 @@ def test_trained_weights_are_those_of_the_masks(outputs, study, arms):
         record = study.stages(seed).alignment(how)
         assert metric(output, name, "training_loss", seed) == record["final_loss"]
         assert metric(output, name, "seconds_per_step", seed) > 0
+        assert metric(output, name, "memory_mib", seed) == record["memory_mib"] >= 0
     assert len(shares) >= 5
 
 
@@ -274,6 +294,36 @@ def test_nothing_else_changed_in_any_arm(study, arms):
         record = study.stages(seed).alignment(how)
         expected = None if how is None or how.trained is None else 0
         assert record.get("changed_outside") == expected, name
+
+
+def test_instructions_teach_the_unaligned_model(outputs, study, taught):
+    """By the paper's rule: all units for one epoch, a part of them for two."""
+    output, stages, gains = outputs["table4"], study.stages(0), {}
+    whole, redundant, drawn = taught
+    assert taught[whole].trained is None
+    assert taught[redundant].trained == stages.redundant(0.2)
+    for name, lesson in taught.items():
+        assert (lesson.base, lesson.frozen) == ("unaligned", None)
+        epoch = 1 if name == whole else 2
+        arm = Arm(dataclasses.replace(lesson, epoch=epoch))
+        record = stages.training(lesson)
+        assert len(record.epoch_losses) == epoch
+        gains[name] = stages.heldout_gain(arm, "arithmetic", Arm("unaligned")).value
+        expected = {"asr": rate(stages, arm), "heldout_gain": gains[name]}
+        expected |= {f"accuracy_{t}": value for t, value in accuracies(stages, arm).items()}
+        drift = stages.drift(arm)
+        expected |= {"drift": sum(drift) / len(drift), "training_loss": record.final_loss}
+        for key, value in expected.items():
+            assert metric(output, name, key, 0) == pytest.approx(value), (name, key)
+        got = metric(output, name, "trained_weights", 0)
+        weights = WEIGHTS
+        if lesson.trained is not None:
+            weights = 768 * lesson.trained.count("attn") + 96 * lesson.trained.count("mlp")
+        assert got == pytest.approx(100 * weights / WEIGHTS)
+    for other, what in ((whole, "over_whole"), (drawn, "over_random")):
+        got = metric(output, redundant, f"gain_{what}", 0)
+        assert got == pytest.approx(gains[redundant] - gains[other])
+    assert len(set(gains.values())) == 3
 
 
 def test_table_4_lists_ours_and_the_papers(outputs, study):
@@ -297,9 +347,10 @@ def test_table_4_lists_ours_and_the_papers(outputs, study):
         assert own[column][RU] == expected, column
     assert own["weights %"][WHOLE] == "100.0"
     assert own["ASR, attacked"][START] == ""
-    assert outputs["table4"].note.endswith(
-        " Twice the epochs: seed 0 only. Other parts: seed 0 only."
-    )
+    some = [name for name in own.index if {r["seed"] for r in output.metrics
+            if r["arm"] == name} == {0}]  # fmt: skip
+    assert set(some) == set(own.index) - {START, WHOLE, RU, RANDOM}
+    assert output.note.endswith(f" Seed 0 only: {'; '.join(some)}.")
 
 
 def test_the_papers_rows_are_the_reference(outputs):
@@ -341,7 +392,8 @@ def test_the_papers_numbers_of_claims(tmp_path):
 def test_points_of_fig_budget_are_the_pooled_metrics(outputs):
     output = outputs["fig_budget"]
     left, right = output.figure.axes
-    names = list(dict.fromkeys(r["arm"] for r in output.metrics if r["arm"] != START))
+    arms = dict.fromkeys(r["arm"] for r in output.metrics)
+    names = [arm for arm in arms if arm != START and not arm.startswith("arithmetic: ")]
     assert [text.get_text() for text in left.texts] == names
     assert [label.get_text() for label in right.get_yticklabels()] == names[::-1]
 
@@ -374,17 +426,16 @@ def test_the_figures_have_the_numbers_of_the_table_and_train_nothing(outputs, tr
 
 @pytest.mark.parametrize("longer", [0, 1])
 def test_without_more_seeds_there_are_few_arms(smoke_study, overrides, outputs, longer):
-    """Three, and where it is asked for RU trained longer, of the first seed."""
+    """Three, and where it is asked for RU and random units for longer, of the first seed."""
     changes = ("budget.more_seeds=0", f"budget.longer_seeds={longer}")
     output = find("fig_budget").compute(smoke_study(*overrides, *changes))
     expected = {(name, seed) for name in (START, WHOLE, RU, RANDOM) for seed in (0, 1)}
     if longer:
-        expected.add((f"{RU}, {LONGER}", 0))
+        expected |= {(f"{name}, {LONGER}", 0) for name in (RU, RANDOM)}
     assert {(r["arm"], r["seed"]) for r in output.metrics} == expected
-    first = "seed 0 only." if longer else "not in this run (conf/budget)."
-    assert output.note.endswith(
-        f" Twice the epochs: {first} Other parts: not in this run (conf/budget)."
-    )
+    more = " `budget=wide` aligns through other parts, and for longer."
+    some = f" Seed 0 only: {RU}, {LONGER}; {RANDOM}, {LONGER}."
+    assert output.note.endswith(some if longer else more)
     for name, seed in expected:
         for key in ("asr", "drift"):
             assert metric(output, name, key, seed) == metric(outputs["table4"], name, key, seed)

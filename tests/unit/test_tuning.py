@@ -90,6 +90,9 @@ def test_identity_tells_models_apart_and_trains_none(smoke_study, stages, traini
         dataclasses.replace(base, changes={"learning_rate": 2e-3}),
         dataclasses.replace(base, changes={"train_embeddings": True}),
         dataclasses.replace(base, changes={"epochs": 1}),
+        dataclasses.replace(base, base="unaligned"),
+        dataclasses.replace(base, frozen=None, trained=mask),
+        dataclasses.replace(base, frozen=None, trained=one_more),
     ]
     identities = [stages.identity(tuning) for tuning in different]
     identities.append(smoke_study().stages(1).identity(base))

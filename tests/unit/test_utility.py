@@ -7,6 +7,7 @@ import torch
 
 from ssah.data import Row
 from ssah.evaluate.utility import (
+    choice_losses,
     continuation_losses,
     exact_match,
     last_number,
@@ -74,6 +75,27 @@ def test_multiple_choice_equals_item_by_item(answering_model, text_tokenizer):
     assert 3 < sum(expected) < 17  # neither answer would do for all items
     for batch_size in BATCH_SIZES:
         assert multiple_choice(answering_model, text_tokenizer, rows, batch_size) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "gemma3_text", "phi3", "olmo2"])
+def test_a_context_read_once_gives_the_losses_of_whole_texts(families, model_type, batch_size):
+    """Also where a context is longer than a sliding window of 8 tokens."""
+    model = families(model_type)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, 40, (count,), generator=generator).tolist()
+
+    items = [(draw(3 + 4 * (i % 5)), [draw(1 + (i + c) % 4) for c in range(2 + i % 3)])
+             for i in range(11)]  # fmt: skip
+    found = choice_losses(model, items, batch_size)
+    for (context, texts), losses in zip(items, found, strict=True):
+        expected = [
+            float(next_token_losses(model, context + text)[len(context) - 1 :].sum())
+            for text in texts
+        ]
+        assert losses == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_multiple_choice_follows_the_right_answer(answering_model, text_tokenizer):
