@@ -15,7 +15,7 @@ from .arms import Aligning
 from .config import AlignConfig
 from .finetune import supervised_finetune
 from .lora import adapters
-from .runtime import PeakMemory, seed_everything
+from .runtime import seed_everything
 from .slicing import train_only
 from .units import UnitLayout, UnitMask
 
@@ -35,12 +35,11 @@ def align_model(
 ) -> dict[str, Any]:
     """Teach ``model`` the refusals in ``taught`` and hold it to ``reference`` on those in ``held``.
 
-    Returns the training's record, with the memory that it took beside the two models; with trained
-    units named it says that nothing outside of them changed a bit, which is checked against the
-    reference.
+    Returns the training's record; with trained units named it says that nothing outside of them
+    changed a bit, which is checked against the reference.
     """
     seed_everything(seed)  # adapters begin with random factors
-    with PeakMemory(model.device) as memory, _training(model, how):
+    with _training(model, how):
         record = supervised_finetune(
             model,
             taught,
@@ -51,7 +50,7 @@ def align_model(
             reference,
             anchor_weight=config.anchor_weight,
         )
-    training = dataclasses.asdict(record) | {"memory_mib": memory.mib}
+    training = dataclasses.asdict(record)
     if how is not None and how.trained is not None:
         layout = UnitLayout.of(model, how.unit_kind)
         require_kept(layout, how.trained, reference.state_dict(), model.state_dict())

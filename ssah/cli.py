@@ -167,7 +167,9 @@ def _prepare(profile: str, overrides: list[str], artefacts: Iterable[Artefact]) 
     """Find bad input before hours of work: compose, fetch, locate the model, look for sets."""
     from .study import Study
 
-    stages = Study(profile, overrides).all_stages[0]
+    study = Study(profile, overrides)
+    _ = study.earlier
+    stages = study.all_stages[0]
     stages.check_model()
     _ = stages.sets
     for name in {name for artefact in artefacts for name in artefact.needs}:
@@ -208,8 +210,7 @@ def _publish_part(names: list[str], profile: str, overrides: list[str]) -> None:
     for name in names:
         if name not in valid:
             raise SsahError(f"There is no notebook or artefact '{name}'{suggestion(name, valid)}")
-    addition = ["add_to=published"]
-    overrides = [*overrides, *addition]
+    overrides = [*PUBLISHED.get(profile, ()), *overrides, "add_to=published"]
     artefacts = [a for a in ARTEFACTS.values() if {a.id, a.notebook} & set(names)]
     _prepare(profile, overrides, artefacts)
     study = Study(profile, overrides)
@@ -222,7 +223,7 @@ def _publish_part(names: list[str], profile: str, overrides: list[str]) -> None:
     notebooks = [name for name in names if name not in ARTEFACTS]
     report.publish_part(study.results, [a.id for a in artefacts], notebooks)
     published = results_root() / "published"
-    execute("00_index", published, profile, addition)  # claims alone, as published
+    execute("00_index", published, profile, ["n_seeds=0"])  # no run, only what is published
     report.print_claims(published)
 
 

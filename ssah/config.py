@@ -89,7 +89,7 @@ class FinetuneConfig(TrainingConfig):
     cu_percents: list[float] = field(default_factory=list)  #: ratio sweep, beside ESU
     random_draws: int = 1
     wide_attacks: list[str] = field(default_factory=list)  #: beside dialogues, with all arms
-    condition_seeds: int = 0  #: for how many of the seeds fig_conditions has all its arms
+    condition_seeds: list[int] = field(default_factory=list)  #: with all arms in fig_conditions
 
 
 @dataclass
@@ -134,7 +134,7 @@ class EvaluateConfig:
     random_draws: int = 5
     sweep_shares: list[float] = field(default_factory=lambda: [0.005, 0.01, 0.02, 0.04, 0.08, 0.16])
     sweep_random_draws: int = 2
-    harmbench: int = 200  #: prompts, evenly spread over the set
+    harmbench: int | None = None  #: prompts, evenly spread over the set; null: all of them
     utility: str = "batched"  #: or ``lm_eval``
     trivia_items: int = 100
     arithmetic_items: int = 50
@@ -160,10 +160,10 @@ class BudgetConfig:
     share: float = 0.2
     sweep: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.4])
     elsewhere: int = 100  #: prompts of Do-Not-Answer
-    longer_seeds: int = 0  #: for how many of the seeds RU and random train twice the epochs too
-    more_seeds: int = 0  #: for how many of the seeds all arms are aligned
+    longer_seeds: list[int] = field(default_factory=list)  #: RU and random twice the epochs too
+    more_seeds: list[int] = field(default_factory=list)  #: seeds that have all arms
+    instructions: list[str] = field(default_factory=list)  #: attacks whose rows these learn as well
     arms: list[str] = field(default_factory=list)  #: only these, by name; all of them where empty
-    instructions: list[str] = field(default_factory=list)  #: attacks whose rows align as well
 
 
 @dataclass

@@ -86,7 +86,7 @@ def publish(results: Path) -> None:
 
 
 def publish_part(results: Path, artefacts: Sequence[str], notebooks: Sequence[str]) -> None:
-    """Put some artefacts and executed notebooks into the published run; the rest stays.
+    """Put some artefacts and executed notebooks into the published run; all others stay.
 
     So do the times: those of a part say nothing about what its artefacts share with others.
     """
@@ -94,16 +94,15 @@ def publish_part(results: Path, artefacts: Sequence[str], notebooks: Sequence[st
     metrics = pd.read_csv(results / "metrics.csv", dtype={"seed": str})
     for name in artefacts:
         for source in results.glob(f"*/{name}.*"):
-            target = published / source.relative_to(results)
-            write_atomically(target, lambda path, source=source: shutil.copy(source, path))
+            _copy(source, published / source.relative_to(results))
         merge_rows(published / "metrics.csv", metrics[metrics["artefact"] == name], name)
     for name in notebooks:
-        source = results / "notebooks" / f"{name}.ipynb"
-        write_atomically(
-            published / "notebooks" / source.name,
-            lambda path, source=source: shutil.copy(source, path),
-        )
+        _copy(*(folder / "notebooks" / f"{name}.ipynb" for folder in (results, published)))
     _refresh(published)
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_atomically(target, lambda path: shutil.copy(source, path))
 
 
 def _refresh(published: Path) -> None:

@@ -9,11 +9,9 @@ import random
 import resource
 import subprocess
 import sys
-import threading
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from .errors import SsahError
@@ -45,44 +43,6 @@ def peak_memory_mib() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1024 if sys.platform != "darwin" else 1024**2)
-
-
-class PeakMemory:
-    """The most memory, in MiB, that a ``with`` block holds beyond what was in use before it.
-
-    On a GPU the allocator counts; in main memory the resident size is looked at every 10 ms, since
-    the system's own high-water mark covers the whole life of a process.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.mib = device, 0
-        self._done = threading.Event()
-
-    def _in_use(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return psutil.Process().memory_info().rss
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self._peak = max(self._peak, self._in_use())
-
-    def __enter__(self) -> PeakMemory:
-        self._before = self._peak = self._in_use()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self._peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self._done.set()
-            self._thread.join()
-        self.mib = (self._peak - self._before) // 2**20
 
 
 @functools.cache

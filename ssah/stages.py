@@ -60,7 +60,8 @@ class Stages(AlignmentBudget):
 
     def harmbench(self, arm: Arm) -> list[str]:
         """An arm's completions of as many prompts of HarmBench as configured."""
-        return self.said(self.spread("harmbench", self.config.evaluate.harmbench), arm)
+        count = self.config.evaluate.harmbench or len(self.rows("harmbench"))
+        return self.said(self.spread("harmbench", count), arm)
 
     # --- fine-tuned models
 

@@ -37,19 +37,35 @@ class Output:
     def frame(self, study: Study, artefact: str) -> pd.DataFrame:
         """The metrics, with their origin (:attr:`Study.stamp`).
 
-        With ``add_to``, those of the earlier run for arms and seeds that were not measured now
-        come behind them, with the origin that they have there.
+        With ``add_to``, those of the earlier run that were not measured now for an arm and seed
+        come behind them, with the origin that they have there. Another profile's or model's
+        numbers are an :class:`SsahError`.
         """
         import pandas as pd
 
-        own, earlier = pd.DataFrame(self.metrics).assign(**study.stamp), study.earlier
-        if not self.metrics or earlier is None:
+        own = pd.DataFrame(self.metrics, columns=COLUMNS).assign(**study.stamp)
+        if study.earlier is None:
             return own
-        own["seed"] = own["seed"].astype(str)
-        earlier = earlier[earlier["artefact"] == artefact].drop(columns="artefact")
-        measured = set(zip(own["arm"], own["seed"], strict=True))
-        kept = [pair not in measured for pair in zip(earlier["arm"], earlier["seed"], strict=True)]
-        return pd.concat([own, earlier[kept]], ignore_index=True)
+        earlier = study.earlier[study.earlier["artefact"] == artefact].drop(columns="artefact")
+        for what in ("profile", "model"):
+            others = set(earlier[what]) - {study.stamp[what]}
+            if others:
+                raise SsahError(
+                    f"add_to={study.config.add_to} holds {artefact} of {what} {min(others)}, which "
+                    f"cannot be added to that of {study.stamp[what]}."
+                )
+        known = earlier[~_measurement(earlier).isin(_measurement(own))]
+        return pd.concat([own.astype({"seed": str}), known], ignore_index=True)
+
+
+#: Of :attr:`Output.metrics`.
+COLUMNS = ["arm", "metric", "seed", "value", "low", "high", "n"]
+
+
+def _measurement(frame: pd.DataFrame) -> pd.Series:
+    """What a row measures: arm, metric and seed, whatever the random draw."""
+    seed = frame["seed"].astype(str).str.split(".").str[0]
+    return frame["arm"] + "\n" + frame["metric"] + "\n" + seed
 
 
 @dataclass(frozen=True)

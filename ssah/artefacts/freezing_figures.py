@@ -41,7 +41,7 @@ def fig8(study: Study) -> Output:
         "and after two; dotted: the arm that freezes nothing; crosses: random units, as many as "
         "ESU + 6 % CU; right: ESU and all CU. Shaded and bars: smallest to largest over seeds (and "
         f"draws). ASR is of {study.config.data.evaluation} prompts; the interval of each point is "
-        "in the csv file."
+        "in the csv file. `finetune=wide` sweeps over more shares."
     )
     for stages in study.all_stages:
         base = measure(stages, output, FULL, headline(stages, MAIN_ATTACK)[FULL], thorough=True)
@@ -54,7 +54,7 @@ def fig8(study: Study) -> Output:
                 compare(output, arm, "saved_equal_epochs", stages.seed, base[epoch - 1], own)
         measure(stages, output, ALL, headline(stages, MAIN_ATTACK)[ALL], thorough=True)
         measure_random(stages, output, CU6, study.config.finetune.random_draws)
-    output.figure = _draw_ratios(output.frame(study, "fig8"), study)
+    output.figure = _draw_ratios(output.frame(study, "fig8"))
     return output
 
 
@@ -65,8 +65,9 @@ def _spread(frame: pd.DataFrame, name: str, epoch: int) -> tuple[float, float, f
     return values.mean(), values.min(), values.max()
 
 
-def _draw_ratios(frame: pd.DataFrame, study: Study) -> Figure:
-    percents = list(study.config.finetune.cu_percents)
+def _draw_ratios(frame: pd.DataFrame) -> Figure:
+    found = frame["arm"].str.extract(r": ESU \+ ([\d.]+) % CU, 1 epoch$")[0].dropna()
+    percents = sorted(set(found.astype(float)))
     right = max(percents) * 1.25 + 1
     with plt.style.context(STYLE):
         figure = ShownFigure(figsize=(6.5, 3.6))
@@ -109,30 +110,31 @@ def fig_conditions(study: Study) -> Output:
         "the same setting, same prompts, mean over seeds (and draws) with 95 % interval (paired). "
         "Budgets: 7 % is ESU + 6 % CU, 25 % ESU and CU up to a quarter of all units; the other "
         "rules freeze as many heads and as many neurons. The csv file says what share of the "
-        "weights each arm freezes." + _which_seeds(study)
+        "weights each arm freezes."
     )
-    for index, stages in enumerate(study.all_stages):
-        more = index < study.config.finetune.condition_seeds
+    for stages in study.all_stages:
+        more = stages.seed in study.config.finetune.condition_seeds
         _measure_conditions(stages, output, more=more)
     frame = output.frame(study, "fig_conditions")
-    own = frame["seed"].astype(str).str.split(".").str[0].astype(int)
-    output.figure = _draw_conditions(frame, frame[own.isin(_full_seeds(study))])
+    own = frame["seed"].astype(str).str.split(".").str[0]
+    full, note = _full_seeds(frame, own)
+    output.note += note
+    output.figure = _draw_conditions(frame, frame[own.isin(full)])
     return output
 
 
-def _full_seeds(study: Study) -> list[int]:
-    """The seeds for which all arms were run; all seeds where only table 2's were."""
-    return study.seeds[: study.config.finetune.condition_seeds] or study.seeds
+def _full_seeds(frame: pd.DataFrame, own: pd.Series) -> tuple[set[str], str]:
+    """The seeds that have the arms beyond table 2's, or all where none has; and a note on them.
 
-
-def _which_seeds(study: Study) -> str:
-    full = _full_seeds(study)
-    if not study.config.finetune.condition_seeds:
-        return " Only the arms of table 2 are shown: `finetune=wide` runs the others."
-    if len(full) < len(study.seeds):
-        some = ", ".join(map(str, full))
-        return f" The left panel and the arms beyond table 2's: seed {some} only."
-    return ""
+    ``own`` is each row's seed.
+    """
+    full, every = set(own[frame["arm"] == label(MAIN_ATTACK, "all heads", 1)]), set(own)
+    if not full:
+        return every, " Only the arms of table 2 are shown: `finetune=wide` runs the others."
+    if full == every:
+        return every, ""
+    some = ", ".join(sorted(full))
+    return full, f" The left panel and the arms beyond table 2's: seed {some} only."
 
 
 def _measure_conditions(stages: Stages, output: Output, *, more: bool) -> None:

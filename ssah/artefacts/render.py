@@ -61,14 +61,14 @@ def format_estimate(e: Estimate | None, digits: int = 1) -> str:
 
 def write_output(study: Study, artefact: Artefact, output: Output) -> None:
     """All files of one artefact under the study's results folder."""
-    stamp = study.stamp
+    stamp, frame = study.stamp, output.frame(study, artefact.id)
+    seeds = sorted(set(frame["seed"].astype(str).str.split(".").str[0]), key=int)
     line = (
         f"{artefact.title}. Profile {stamp['profile']}, model {stamp['model']}, seeds "
-        f"{stamp['seeds']}, {stamp['overrides'] or 'no overrides'}, config {stamp['config']}, "
-        f"commit {stamp['commit'] or 'unknown'}. Command: python -m ssah {artefact.id} "
-        f"profile={stamp['profile']} {stamp['overrides']}".rstrip()
+        f"{' '.join(seeds) or stamp['seeds']}, {stamp['overrides'] or 'no overrides'}, config "
+        f"{stamp['config']}, commit {stamp['commit'] or 'unknown'}. Command: python -m ssah "
+        f"{artefact.id} profile={stamp['profile']} {stamp['overrides']}".rstrip()
     )
-    frame = output.frame(study, artefact.id)
     frame.insert(0, "artefact", artefact.id)
     table, numbers = study.results / "tables" / artefact.id, frame.drop(columns=list(stamp))
     write_atomically(table.with_suffix(".csv"), lambda p: _to_csv(numbers, p))

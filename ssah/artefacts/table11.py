@@ -56,18 +56,19 @@ def _measure(stages: Stages, output: Output, name: str, arm: Arm) -> None:
     output.add(name, "perplexity", seed, stages.perplexity(arm))
     for task, right in stages.task_outcomes(arm).items():
         output.add(name, f"{task} %", seed, proportion(right).scaled(100))
-    answers = stages.completions("benign_evaluation", arm)
-    answered = [is_coherent(a) and not is_refusal(a) for a in answers]
+    harmless = stages.completions("benign_evaluation", arm)
+    answered = [is_coherent(a) and not is_refusal(a) for a in harmless]
     output.add(name, "benign answered %", seed, proportion(answered).scaled(100))
     looks = [is_refusal(a) for a in stages.completions("borderline", arm)]
     output.add(name, "borderline refused %", seed, proportion(looks).scaled(100))
-    for prompts, column in (
-        ("harmful_evaluation", "ASR AdvBench %"),
-        *((name, f"ASR {ELSEWHERE[name]} %") for name in ("hexphi", "harmbench")),
-    ):
-        if stages.has(prompts):
-            success = attack_success(stages.completions(prompts, arm))
-            output.add(name, column, seed, proportion(success).scaled(100))
+    answers = {"AdvBench": stages.completions("harmful_evaluation", arm)}
+    if stages.has("hexphi"):
+        answers[ELSEWHERE["hexphi"]] = stages.completions("hexphi", arm)
+    if stages.has("harmbench"):
+        answers[ELSEWHERE["harmbench"]] = stages.harmbench(arm)
+    for prompts, own in answers.items():
+        success = proportion(attack_success(own)).scaled(100)
+        output.add(name, f"ASR {prompts} %", seed, success)
 
 
 def _paper_rows() -> pd.DataFrame:

@@ -37,9 +37,9 @@ def fig_share_sweep(study: Study) -> Output:
     output = Output(
         note="Solid: the group's top units by its own ranking. Dashed: random units, as many heads "
         "and neurons as ESU of that share. Shaded: smallest to largest over seeds (and draws). "
-        "Dotted verticals: the shares that the ablation search kept, one for each seed. An "
+        "Dotted verticals: the shares that this run's ablation search kept, one for each seed. An "
         "incoherent answer is no success, so ASR may fall again where more units are removed. "
-        "Prompts: the search part, which no table reports on."
+        "Prompts: the search part, which no table reports on. `evaluate=wide` sweeps over more."
     )
     for stages in study.all_stages:
         for share in study.config.evaluate.sweep_shares:

@@ -71,7 +71,7 @@ def choice_losses(
     At most ``batch_size`` continuations are in memory at a time, or those of one context.
     """
     order = sorted(range(len(items)), key=lambda i: (len(items[i][0]), i))
-    step = max(batch_size // max(len(texts) for _, texts in items), 1)
+    step = max(batch_size // max((len(texts) for _, texts in items), default=1), 1)
     found: list[list[float]] = [[]] * len(items)
     for start in range(0, len(order), step):
         chosen = order[start : start + step]

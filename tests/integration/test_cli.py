@@ -117,6 +117,39 @@ def test_the_smoke_profile_cannot_be_published(capsys):
     assert "mean nothing" in capsys.readouterr().err
 
 
+def test_what_cannot_be_published_is_named(capsys):
+    assert cli.main(["publish", "table44"]) == 1
+    assert "There is no notebook or artefact 'table44': did you mean" in capsys.readouterr().err
+    assert cli.main(["publish", "table4", "profile=smoke"]) == 1
+    assert "mean nothing" in capsys.readouterr().err
+
+
+def test_a_part_is_measured_as_the_published_run_and_added_to_it(monkeypatch, tmp_path):
+    """With the published run's settings unless others are named; the claims are redrawn."""
+    calls = []
+    monkeypatch.setattr("ssah.study.results_root", lambda: tmp_path)
+    monkeypatch.setattr("ssah.cli.results_root", lambda: tmp_path)
+    monkeypatch.setattr(cli, "_prepare", lambda *a: calls.append(("prepare", *a[:2])))
+    monkeypatch.setattr("ssah.notebooks.execute", lambda *a: calls.append(("execute", *a)))
+    monkeypatch.setattr("ssah.study.Study.show", lambda self, name: calls.append(("show", name)))
+    for name in ("publish_part", "print_claims"):
+        monkeypatch.setattr(f"ssah.report.{name}", lambda *a, name=name: calls.append((name, *a)))
+    assert cli.main(["publish", "table1", "06_alignment_budget", "seed=1"]) == 0
+    wide = [f"{group}=wide" for group in ("finetune", "evaluate", "probes", "budget")]
+    overrides = [*wide, "seed=1", "add_to=published"]
+    results, published = calls[3][1], tmp_path / "published"
+    artefacts = ["table1", "table4", "fig_budget", "fig6", "fig9", "fig10"]
+    assert calls == [
+        ("prepare", "laptop", overrides),
+        ("show", "table1"),
+        ("execute", "06_alignment_budget", results, "laptop", overrides),
+        ("publish_part", results, artefacts, ["06_alignment_budget"]),
+        ("execute", "00_index", published, "laptop", ["n_seeds=0"]),
+        ("print_claims", published),
+    ]
+    assert results.parent == tmp_path / "laptop"
+
+
 # --- in processes of their own ---------------------------------------------------------------
 
 

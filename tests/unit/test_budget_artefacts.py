@@ -23,6 +23,7 @@ from ssah.budget_arms import (
     instruction_arms,
 )
 from ssah.claims import claims_table
+from ssah.errors import SsahError
 from ssah.evaluate.generate import complete
 from ssah.evaluate.judges import attack_success, is_refusal
 from ssah.finetune import supervised_finetune
@@ -67,7 +68,7 @@ def overrides(attacked_study) -> list[str]:
         *attacked_study.overrides,
         "align.learning_rate=1e-2",
         "n_seeds=2",
-        "budget.more_seeds=1",
+        "budget.more_seeds=[0]",
         "budget.instructions=[arithmetic]",
     ]
 
@@ -284,8 +285,6 @@ def test_trained_weights_are_those_of_the_masks(outputs, study, arms):
         shares.add(round(share, 3))
         record = study.stages(seed).alignment(how)
         assert metric(output, name, "training_loss", seed) == record["final_loss"]
-        assert metric(output, name, "seconds_per_step", seed) > 0
-        assert metric(output, name, "memory_mib", seed) == record["memory_mib"] >= 0
     assert len(shares) >= 5
 
 
@@ -416,18 +415,49 @@ def test_points_of_fig_budget_are_the_pooled_metrics(outputs):
 
 
 def test_the_figures_have_the_numbers_of_the_table_and_train_nothing(outputs, trained):
+    """The figure shows no arm that only learned from instructions."""
+
     def values(name: str) -> dict[tuple, float]:
-        return {(r["arm"], r["metric"], r["seed"]): r["value"] for r in outputs[name].metrics}
+        return {
+            (r["arm"], r["metric"], r["seed"]): r["value"]
+            for r in outputs[name].metrics
+            if not r["arm"].startswith("arithmetic: ")
+        }
 
     assert values("fig_budget") == values("table4")
+    assert len(values("fig_budget")) == len(outputs["fig_budget"].metrics)
+    assert "arithmetic: " not in outputs["fig_budget"].note
     assert set(trained["table4"]) == {"align_model", "supervised_finetune"}
     assert [trained[name] for name in NAMES[1:]] == [[]] * 4
+
+
+def test_arms_can_be_chosen(smoke_study, overrides, outputs, taught):
+    """Also those with instructions; what is compared with an absent one is not measured."""
+    _, redundant, _ = taught
+    chosen = f"budget.arms=['{RU}, {LONGER}','{redundant}']"
+    output = find("table4").compute(smoke_study(*overrides, "n_seeds=1", chosen))
+    arms = {r["arm"] for r in output.metrics}
+    assert arms == {START, f"{RU}, {LONGER}", redundant}
+    assert not [r for r in output.metrics if "_over_" in r["metric"]]
+    for r in output.metrics:
+        same = metric(outputs["table4"], r["arm"], r["metric"], 0)
+        assert r["value"] == pytest.approx(same)
+
+
+def test_an_unknown_arm_is_refused_before_anything_is_measured(smoke_study, overrides):
+    """The second seed has no other parts: it says so although the first one has them."""
+    begun = []
+    with watched(begun), pytest.raises(SsahError, match="'all heads' is no arm of seed 1"):
+        find("table4").compute(
+            smoke_study(*overrides, "align.benign=15", "budget.arms=[all heads]")
+        )
+    assert "supervised_finetune" not in begun
 
 
 @pytest.mark.parametrize("longer", [0, 1])
 def test_without_more_seeds_there_are_few_arms(smoke_study, overrides, outputs, longer):
     """Three, and where it is asked for RU and random units for longer, of the first seed."""
-    changes = ("budget.more_seeds=0", f"budget.longer_seeds={longer}")
+    changes = ("budget.more_seeds=[]", f"budget.longer_seeds={[0] * longer}")
     output = find("fig_budget").compute(smoke_study(*overrides, *changes))
     expected = {(name, seed) for name in (START, WHOLE, RU, RANDOM) for seed in (0, 1)}
     if longer:

@@ -7,6 +7,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -147,6 +148,31 @@ def test_the_record_of_a_training_outlives_its_models(smoke_study, stages, train
     assert record.steps == 4
     assert len(record.epoch_losses) == 2
     assert record.final_loss == record.epoch_losses[1]  # a step each: the last of two and of four
+
+
+def test_with_trained_units_named_nothing_else_changes(stages):
+    """Of the unaligned model, as it learns from instructions."""
+    mask = stages.redundant(0.2)
+    tuning = Tuning("arithmetic", base="unaligned", trained=mask)
+    with stages.tuned(tuning) as arms:
+        after = weights(stages.model(arms[1].which))
+    before, model = weights(stages.model("unaligned")), stages.model("unaligned")
+    own = frozen_entries(model, stages.layout, mask, embeddings=True)
+    others = frozen_entries(model, stages.layout, ~mask, embeddings=True)
+    for name, tensor in before.items():
+        if name not in own:  # a tied head
+            continue
+        moved = tensor.view(torch.int32) != after[name].view(torch.int32)
+        allowed = own[name] & ~others[name]
+        assert not moved[~allowed].any(), name
+        assert moved.sum() >= 0.8 * allowed.sum(), name
+
+
+def test_a_change_elsewhere_is_an_error(stages, monkeypatch):
+    monkeypatch.setattr(tuning_module, "train_only", lambda *_, **__: nullcontext())
+    tuning = Tuning("arithmetic", base="unaligned", trained=stages.redundant(0.19))
+    with pytest.raises(RuntimeError, match="frozen weights changed"), stages.tuned(tuning) as arms:
+        stages.model(arms[0].which)
 
 
 def test_models_stay_after_an_error_for_the_next_attempt(smoke_study, stages, trainings):
