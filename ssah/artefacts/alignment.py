@@ -146,7 +146,7 @@ def _draw_bargain(axes: Axes, frame: pd.DataFrame, names: Iterable[str]) -> None
             yerr=[[y.value - y.low], [y.high - y.value]],
         )  # fmt: skip
         axes.annotate(name, (x.value, y.value), (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="drift on benign prompts, nats per token", ylabel="ASR, %")
+    axes.set(xlabel="drift on benign prompts, nats per token", ylabel="ASR, %", xscale="log")
 
 
 def _draw_attacked(axes: Axes, frame: pd.DataFrame, names: list[str]) -> None:
