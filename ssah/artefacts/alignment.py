@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..budget_arms import RANDOM, RU, WHOLE
 from . import Output
@@ -147,6 +148,9 @@ def _draw_bargain(axes: Axes, frame: pd.DataFrame, names: Iterable[str]) -> None
         )  # fmt: skip
         axes.annotate(name, (x.value, y.value), (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="drift on benign prompts, nats per token", ylabel="ASR, %", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_attacked(axes: Axes, frame: pd.DataFrame, names: list[str]) -> None:
