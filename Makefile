@@ -30,7 +30,7 @@ help:
 	@echo "make test             lint, types, unit, integration and notebook tests"
 	@echo "make lint             style and types alone"
 	@echo "make test-notebooks   the notebooks alone, on the smoke profile"
-	@echo "make bench            attribution and masked fine-tuning against the plain ways"
+	@echo "make bench            seconds and memory of attribution and of each way to train"
 	@echo "make lock             pin the versions that are installed"
 	@echo "make clean-cache      delete cached runs and downloads"
 	@echo "artefacts:            $(ARTEFACTS)"

@@ -1,35 +1,59 @@
-"""What attribution and masked fine-tuning cost, as ratios taken in one run."""
+"""What attribution and each way to train cost: ratios of seconds taken in one run, and memory."""
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .artefacts.render import write_atomically
 from .attribution import collect_statistics
 from .baselines import magnitude_units, random_units, sized
 from .finetune import scored_logits
+from .lora import adapters, rank_for
 from .models import dialogue_batches, encode_dialogue
-from .runtime import peak_memory_mib, seed_everything
+from .runtime import peak_memory_mib, provenance, seed_everything
 from .slicing import freeze_units, train_only
-from .stages import Stages
 from .study import Study
 from .units import UnitLayout, UnitMask
 
 ROWS, TOKENS = 8, 128
 
+#: Steps of each way, each beside a full one.
+PAIRS = 5
 
-def report(profile: str, overrides: Sequence[str]) -> str:
-    steps = fine_tuning(profile, overrides)
-    return f"{attribution(profile, overrides)}\n{steps}"
+
+def bench(profile: str, overrides: Sequence[str]) -> Path:
+    """Write what everything costs to ``tables/bench.csv`` and ``.md`` of the results folder."""
+    study = Study(profile, list(overrides))
+    table = study.results / "tables" / "bench"
+    costs, stamp = training_costs(profile, overrides), study.stamp
+    on_gpu = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if on_gpu else provenance()["machine"]
+    note = (
+        f"One AdamW step on {ROWS} x {TOKENS} tokens. Ratios: median and range of {PAIRS} pairs "
+        "with a full step beside it; peak memory: of a process of its own.\n\n"
+        f"{attribution(profile, overrides)}\n\n"
+        f"Profile {stamp['profile']}, model {stamp['model']}, commit {stamp['commit']}, "
+        f"{machine}."
+    )
+    write_atomically(table.with_suffix(".csv"), lambda p: costs.to_csv(p, index=False))
+    text = f"{costs.to_markdown(index=False)}\n\n{note}\n"
+    write_atomically(table.with_suffix(".md"), lambda p: p.write_text(text, encoding="utf-8"))
+    return table.with_suffix(".md")
 
 
 def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) -> str:
@@ -68,59 +92,68 @@ def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) ->
     channels = sum(block.channels.numel() for block in layout.blocks)
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     return (
-        f"attribution / forward passes: median {statistics.median(ratios):.3f} "
+        f"Attribution / forward passes: median {statistics.median(ratios):.3f} "
         f"(min {min(ratios):.3f}, max {max(ratios):.3f}; {repetitions} pairs, {tokens} tokens, "
-        f"forward {statistics.median(times['plain']):.2f} s)\n"
-        f"statistics: {channels} channels x 2 float64 = {channels * 16 / 2**20:.2f} MiB, "
-        "whatever the number of samples"
+        f"forward {statistics.median(times['plain']):.2f} s). Its statistics: {channels} channels "
+        f"x 2 float64 = {channels * 16 / 2**20:.2f} MiB, whatever the number of samples."
     )
 
 
 # --- fine-tuning steps -----------------------------------------------------------------------
 
 
-def fine_tuning(profile: str, overrides: Sequence[str], pairs: int = 5) -> str:
-    """Seconds a step, relative to full fine-tuning, and memory of each way to train.
+def training_costs(profile: str, overrides: Sequence[str]) -> pd.DataFrame:
+    """Seconds of a step, relative to full fine-tuning, and memory of each way to train.
 
     A way's steps alternate with full steps of a second model, so that a ratio compares neighbours
     whatever else the machine does; its memory is that of a process of its own.
     """
-    lines = [f"one AdamW step on {ROWS} x {TOKENS} tokens, {pairs} pairs with a full step each"]
     context = multiprocessing.get_context("spawn")
-    memory = {}
-    for name in WAYS:  # before this process grows: a child's peak begins with its parent's
+    rows: dict[str, dict[str, Any]] = {}
+    for name in _shown("memory"):  # before this process grows: a child's peak begins with it
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            memory[name] = pool.submit(_memory, name, profile, list(overrides)).result()
-    for name, (size, peak) in memory.items():
-        cost = "" if name == "full" else _ratio(name, profile, overrides, pairs)
-        lines.append(
-            f"  {name:<32} {cost:<36} optimizer state {size / 2**20:4.0f} MiB, peak {peak} MiB"
-        )
-    return "\n".join(lines)
+            rows[name] = pool.submit(_memory, name, profile, list(overrides)).result()
+    for name in _shown("steps"):
+        if name != FULL:
+            rows[name] |= _ratio(name, profile, overrides)
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("way to train").reset_index()
+    return frame.fillna("").round(1)
 
 
-def _ratio(name: str, profile: str, overrides: Sequence[str], pairs: int) -> str:
+def _shown(what: str) -> Iterable[str]:
+    return tqdm(WAYS, desc=what, leave=False, disable=not sys.stderr.isatty())
+
+
+def _ratio(name: str, profile: str, overrides: Sequence[str]) -> dict[str, str]:
     """Median ratio of neighbouring steps, its range, and the median seconds of a full step."""
     ratios, full = [], []
-    full_way, own_way = (_training(way, profile, overrides) for way in ("full", name))
-    with full_way as (plain, _), own_way as (own, _):
-        for i in range(pairs + 1):  # the first pair allocates
-            steps = [_seconds(plain), _seconds(own)]
+    full_way, own_way = (_training(way, profile, overrides) for way in (FULL, name))
+    with full_way as plain, own_way as own:
+        for i in range(PAIRS + 1):  # the first pair allocates
+            steps = [_seconds(plain.step), _seconds(own.step)]
             if i:
                 full.append(steps[0])
                 ratios.append(steps[1] / steps[0])
-    middle, base = statistics.median(ratios), statistics.median(full)
-    return f"x{middle:.3f} ({min(ratios):.3f}-{max(ratios):.3f}) of {base:.2f} s"
+    return {
+        "step, x full": f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})",
+        "full step, s": f"{statistics.median(full):.2f}",
+    }
 
 
-def _memory(name: str, profile: str, overrides: Sequence[str]) -> tuple[int, int]:
-    """Bytes of optimizer state, and peak memory in MiB, after two steps."""
-    with _training(name, profile, overrides) as (step, optimizer):
-        step()
-        step()
-        tensors = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+def _memory(name: str, profile: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What trains, the optimizer's state, and peak memory after two steps."""
+    with _training(name, profile, overrides) as training:
+        training.step()
+        training.step()
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    trained, states = sum(p.numel() for p in parameters), training.optimizer.state.values()
+    state = sum(t.nbytes for kept in states for t in kept.values() if torch.is_tensor(t)) / 2**20
     on_device = torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else 0
-    return sum(t.numel() * t.element_size() for t in tensors), on_device or peak_memory_mib()
+    return {
+        "trained, M": trained / 1e6,
+        "optimizer, MiB": state,
+        "peak, MiB": on_device or peak_memory_mib(),
+    }
 
 
 def _seconds(step: Callable[[], None]) -> float:
@@ -129,11 +162,18 @@ def _seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Training:
+    """One way to train a model of its own."""
+
+    model: PreTrainedModel
+    step: Callable[[], None]
+    optimizer: torch.optim.Optimizer
+
+
 @contextmanager
-def _training(
-    name: str, profile: str, overrides: Sequence[str]
-) -> Iterator[tuple[Callable[[], None], torch.optim.Optimizer]]:
-    """A step of one way to train, on a model of its own, and the optimizer."""
+def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Training]:
+    """Inside the block the model can be trained that way."""
     stages = Study(profile, overrides).all_stages[0]
     seed_everything(0)
     model = stages.model("unaligned").train()
@@ -143,31 +183,29 @@ def _training(
     scored = torch.zeros(ROWS, TOKENS - 1, dtype=torch.bool, device=model.device)
     scored[:, TOKENS // 2 :] = True  # half prompt, half response
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with WAYS[name](stages, model) as replaced:
-        trained = replaced or model
-        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad])
+    with WAYS[name](stages.layout_of(model), model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
         def step() -> None:
-            logits = scored_logits(trained, inputs, scored)
+            logits = scored_logits(model, inputs, scored)
             nn.functional.cross_entropy(logits, ids[:, 1:][scored]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if trained.device.type == "cuda":
+            if model.device.type == "cuda":
                 torch.cuda.synchronize()
 
-        yield step, optimizer
+        yield Training(model, step, optimizer)
 
 
-def _redundant(stages: Stages, model: PreTrainedModel) -> tuple[UnitLayout, UnitMask]:
-    """A fifth of the neurons, by one ranking over all layers, as RU are."""
-    layout = stages.layout_of(model)
-    return layout, magnitude_units(model, layout, sized(layout, 0, 0.2), largest=False)
+def _redundant(layout: UnitLayout, model: PreTrainedModel, share: float = 0.2) -> UnitMask:
+    """As many neurons as RU are, a share of all units, by one ranking over all layers."""
+    neurons = share * layout.units / (~layout.none()).count("mlp")
+    return magnitude_units(model, layout, sized(layout, 0, neurons), largest=False)
 
 
-def _safety(stages: Stages, model: PreTrainedModel) -> tuple[UnitLayout, UnitMask]:
+def _safety(layout: UnitLayout) -> UnitMask:
     """As many units as the paper's ESU and 6 % CU."""
-    layout = stages.layout_of(model)
-    return layout, random_units(layout, sized(layout, 0.073, 0.073), seed=0)
+    return random_units(layout, sized(layout, 0.073, 0.073), seed=0)
 
 
 @contextmanager
@@ -194,27 +232,29 @@ def _gradient_masking(
     yield
 
 
-@contextmanager
-def _lora(stages: Stages, model: PreTrainedModel) -> Iterator[Any]:
-    from peft import LoraConfig, get_peft_model
+def _lora(layout: UnitLayout, model: PreTrainedModel, *, inside: bool) -> Any:
+    """Adapters with as many parameters as RU have weights."""
+    redundant = _redundant(layout, model)
+    rank = rank_for(layout, round(layout.weights(redundant)))
+    return adapters(model, layout, rank, redundant if inside else None)
 
-    yield get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).get_base_model()
 
-
-def _mask_by_hand(choose: Callable, *, keep: bool) -> Callable:
-    def way(stages: Stages, model: PreTrainedModel):
-        layout, mask = choose(stages, model)
-        return _gradient_masking(model, layout, mask if keep else ~mask)
-
-    return way
-
+FULL = "all units"
 
 #: Way to train -> a context in which the model trains that way.
-WAYS: dict[str, Callable[[Stages, PreTrainedModel], Any]] = {
-    "full": lambda stages, model: nullcontext(),
-    "RU 20 % trained": lambda stages, model: train_only(model, _redundant(stages, model)[1]),
-    "RU 20 %, gradient masking": _mask_by_hand(_redundant, keep=True),
-    "ESU + 6 % CU frozen": lambda stages, model: freeze_units(model, _safety(stages, model)[1]),
-    "ESU + 6 % CU, gradient masking": _mask_by_hand(_safety, keep=False),
-    "LoRA (rank 16, all linear)": _lora,
+WAYS: dict[str, Callable[[UnitLayout, PreTrainedModel], Any]] = {
+    FULL: lambda layout, model: nullcontext(),
+    "RU 20 %": lambda layout, model: train_only(model, _redundant(layout, model)),
+    "RU 20 %, gradient masking": lambda layout, model: _gradient_masking(
+        model, layout, _redundant(layout, model)
+    ),
+    "RU 10 %": lambda layout, model: train_only(model, _redundant(layout, model, 0.1)),
+    "RU 40 %": lambda layout, model: train_only(model, _redundant(layout, model, 0.4)),
+    "all heads": lambda layout, model: train_only(model, sized(layout, heads=1, neurons=0)),
+    "LoRA, as many weights as RU": lambda layout, model: _lora(layout, model, inside=False),
+    "LoRA inside RU": lambda layout, model: _lora(layout, model, inside=True),
+    "all but ESU + 6 % CU": lambda layout, model: freeze_units(model, _safety(layout)),
+    "all but ESU + 6 % CU, gradient masking": lambda layout, model: _gradient_masking(
+        model, layout, ~_safety(layout)
+    ),
 }

@@ -15,6 +15,9 @@ WHOLE, RU, RANDOM = "all units", "RU", "random, as RU"
 #: As long again: the paper trains RU for twice the epochs.
 LONGER = "twice the epochs"
 
+#: In as many epochs: fewer weights may need larger steps.
+FASTER = "3 x the rate"
+
 
 def budget_arms(
     stages: Stages, *, longer: bool = False, more: bool = False
@@ -36,6 +39,8 @@ def budget_arms(
         arms |= {f"{n}, {LONGER}": Aligning(mask, kind, changes=twice) for n, mask in parts.items()}
     if not more:
         return arms
+    steps = {"learning_rate": 3 * stages.config.align.learning_rate}
+    arms |= {f"{n}, {FASTER}": Aligning(mask, kind, changes=steps) for n, mask in parts.items()}
     rank = rank_for(layout, round(layout.weights(redundant)))
     highest = {name: -part for name, part in stages.utility_scores.items()}
     arms["highest I_U, as RU"] = _through(stages, matched_by(layout, redundant, highest))

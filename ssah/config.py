@@ -88,7 +88,7 @@ class FinetuneConfig(TrainingConfig):
     max_response_tokens: int = 24
     cu_percents: list[float] = field(default_factory=list)  #: ratio sweep, beside ESU
     random_draws: int = 1
-    wide_attacks: list[str] = field(default_factory=list)  #: beside dialogues, with all arms
+    wide_attacks: list[str] = field(default_factory=list)  #: with all arms, and HarmBench
     condition_seeds: list[int] = field(default_factory=list)  #: with all arms in fig_conditions
 
 

@@ -62,6 +62,7 @@ def execute(
             progress_bar=False,
             stderr_file=sys.stderr,
             execution_timeout=12 * 3600,
+            extra_arguments=["--log-level=40"],  # kernels warn of their own local ports
         )
     except BaseException as error:
         if partial.exists():

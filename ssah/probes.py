@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -182,7 +183,9 @@ def read_out(train: Tensor, labels: np.ndarray, test: Tensor) -> np.ndarray:
     """Scores of a linear classifier (logistic regression on standardised states) on other states.
 
     ``[n, hidden]``, bool ``[n]`` and ``[m, hidden]`` -> ``[m]``; higher where it says ``True``.
+    States are turned into the span of the training states, where the weights lie anyway.
     """
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    regression = LogisticRegression(C=0.1, solver="newton-cholesky")
+    classifier = make_pipeline(StandardScaler(), PCA(svd_solver="full"), regression)
     classifier.fit(train.double().numpy(), labels)
     return classifier.decision_function(test.double().numpy())

@@ -80,22 +80,26 @@ def publish(results: Path) -> None:
     fresh = published.with_name("published.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(results, fresh, ignore=shutil.ignore_patterns(".*", "*.failed.ipynb"))
+    for source in published.glob("tables/bench.*"):  # which no notebook measures
+        shutil.copy(source, fresh / "tables")
     shutil.rmtree(published, ignore_errors=True)
     fresh.replace(published)
     _refresh(published)
 
 
 def publish_part(results: Path, artefacts: Sequence[str], notebooks: Sequence[str]) -> None:
-    """Put some artefacts and executed notebooks into the published run; all others stay.
+    """Put some artefacts (or ``bench``) and executed notebooks into the published run.
 
-    So do the times: those of a part say nothing about what its artefacts share with others.
+    All others stay. So do the times: those of a part say nothing about what its artefacts share
+    with others.
     """
     published = results_root() / "published"
-    metrics = pd.read_csv(results / "metrics.csv", dtype={"seed": str})
     for name in artefacts:
         for source in results.glob(f"*/{name}.*"):
             _copy(source, published / source.relative_to(results))
-        merge_rows(published / "metrics.csv", metrics[metrics["artefact"] == name], name)
+        if name in ARTEFACTS:
+            metrics = pd.read_csv(results / "metrics.csv", dtype={"seed": str})
+            merge_rows(published / "metrics.csv", metrics[metrics["artefact"] == name], name)
     for name in notebooks:
         _copy(*(folder / "notebooks" / f"{name}.ipynb" for folder in (results, published)))
     _refresh(published)
@@ -126,6 +130,9 @@ def refresh_texts() -> None:
         for name, time in timings().items()
     ]
     _fill("docs/reproduction.md", "times", pd.DataFrame(rows))
+    costs = results_root() / "published" / "tables" / "bench.csv"
+    if costs.exists():
+        _fill("docs/reproduction.md", "costs", pd.read_csv(costs, dtype=str).fillna(""))
 
 
 def _minutes(seconds: float) -> str:

@@ -26,18 +26,17 @@ WIDER = 0.25
 
 
 def headline(stages: Stages, attack: str) -> dict[str, Tuning]:
-    """The paper's arms; the third one where the attack has all arms."""
+    """The paper's arms. Where an attack does not have all arms, the one that freezes nothing is
+    trained for as long as the paper's rule needs it, one epoch, and only dialogues have the third.
+    """
+    wide = attack in stages.config.finetune.wide_attacks
     arms = {
-        FULL: Tuning(attack),
+        FULL: Tuning(attack, changes={} if wide or attack == MAIN_ATTACK else {"epochs": 1}),
         CU6: freeze(stages, attack, stages.roles.select("ESU", "CU:6%")),
     }
-    if _all_arms(stages, attack):
+    if wide or attack == MAIN_ATTACK:
         arms[ALL] = freeze(stages, attack, stages.roles.select("ESU", "CU"))
     return arms
-
-
-def _all_arms(stages: Stages, attack: str) -> bool:
-    return attack == MAIN_ATTACK or attack in stages.config.finetune.wide_attacks
 
 
 def freeze(stages: Stages, attack: str, mask: UnitMask) -> Tuning:
@@ -55,7 +54,7 @@ def contenders(stages: Stages, attack: str) -> dict[str, Tuning]:
     """The paper's arms, and one that freezes as much as ESU + 6 % CU by gradient conflict, where
     the attack has all arms."""
     arms = headline(stages, attack)
-    if not _all_arms(stages, attack):
+    if attack not in stages.config.finetune.wide_attacks:
         return arms
     chosen = conflicting(stages, attack, frozen(arms[CU6]))
     return arms | {CONFLICT_ARM: freeze(stages, attack, chosen)}

@@ -65,6 +65,10 @@ class Stages(AlignmentBudget):
 
     # --- fine-tuned models
 
+    def asks_harmbench(self, attack: str) -> bool:
+        """Whether models that an attack made are asked those prompts as well."""
+        return attack in self.config.finetune.wide_attacks and self.has("harmbench")
+
     def measured(self, tuning: Tuning, *, thorough: bool = False) -> list[Arm]:
         """Arms by epoch, with everything measured that artefacts ask about them.
 
@@ -78,7 +82,7 @@ class Stages(AlignmentBudget):
                 self.heldout_gain(arm, tuning.attack)
             if thorough:
                 arm = paper_rule(arms)
-                if self.has("harmbench"):
+                if self.asks_harmbench(tuning.attack):
                     self.harmbench(arm)
                 self.task_outcomes(arm)
                 if tuning.attack == MAIN_ATTACK:

@@ -67,6 +67,10 @@ class FineTuning(Probing):
                 f"ask for more than the {len(rows)} rows that there are."
             )
         chosen = self.draw(f"attack/{attack}", rows, count + config.heldout_rows)
+        if chosen[0].response is None:
+            run = self.answers(chosen, Arm("unaligned"), config.max_response_tokens)
+            text = self.answer_texts(run)
+            chosen = [dataclasses.replace(row, response=text[row.id]) for row in chosen]
         return chosen[:count], chosen[count:]
 
     def _attack_pool(self, attack: str) -> list[Row]:
@@ -74,11 +78,9 @@ class FineTuning(Probing):
             return self.rows("arithmetic")[self.config.evaluate.arithmetic_items :]
         if self.has(attack):
             return self.rows(attack)
-        # Instructions without answers of their own get those of the unaligned model.
+        # Instructions without answers of their own: they get those of the unaligned model.
         rows = self.rows("benign_align") + self.rows("benign_attribution")
-        limit = self.config.finetune.max_response_tokens
-        text = self.answer_texts(self.answers(rows, Arm("unaligned"), limit))
-        return [dataclasses.replace(row, response=text[row.id]) for row in rows]
+        return [dataclasses.replace(row, response=None) for row in rows]
 
     def encoded(self, attack: str, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
         """Prompt and response ids; a response that was cut has no end-of-turn token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -58,21 +58,27 @@ def table4(study: Study) -> Output:
         f"{100 * config.budget.share:g} % of units with the lowest I_U in the unaligned model, "
         "random ones as many. Everything else keeps its bits, which is checked after each "
         "training. Same rows, rate and epochs as the whole model, unless 'twice the epochs' (the "
-        "paper's rule). ASR: coherent answers that are no refusal; prefix: with the request to "
-        "start with an answer; attacked: after one epoch on dialogues. Accuracy change: trivia and "
-        "arithmetic, points against the unaligned model on the same items. Drift: KL from the "
-        "unaligned model on benign prompts, nats per token. Optimizer: AdamW's two moments in "
+        "paper's rule) or '3 x the rate'. ASR: coherent answers that are no refusal; prefix: with "
+        "the request to start with an answer; attacked: after one epoch on dialogues. Accuracy "
+        "change: trivia and arithmetic, points against the unaligned model on the same items. "
+        "Drift: KL from the unaligned model on benign prompts, nats per token. Optimizer: AdamW's two moments in "
         "float32; `make bench` has seconds and memory. The paper aligns with instructions and "
         "reports no safety: rows that begin with the name of a set, such as arithmetic, are the "
         "unaligned model after learning from those harmless rows by the paper's rule for epochs, "
         "and the held-out gain is what it learned (nats per token)."
     )
-    measured_arms(study, output, instructions=True)
-    frame = output.frame(study, "table4")
+    places = measured_arms(study, output, instructions=True)
+    frame = _in_order(output.frame(study, "table4"), places)
     output.note += _which_seeds(frame)
     own = arm_rows(frame, config.model.name, "aligned through", _COLUMNS)
     output.table = pd.concat([own, _paper_rows()], ignore_index=True).fillna("")
     return output
+
+
+def _in_order(frame: pd.DataFrame, places: dict[str, int]) -> pd.DataFrame:
+    """Arms of a run that is added to stand where they would have been measured, or last."""
+    found = frame["arm"].map(places).fillna(len(places))
+    return frame.loc[found.sort_values(kind="stable").index].reset_index(drop=True)
 
 
 def _which_seeds(frame: pd.DataFrame) -> str:
@@ -107,12 +113,13 @@ def fig_budget(study: Study) -> Output:
         return Output(note=no_pair(study), figure=ShownFigure(figsize=(4, 1)))
     output = Output(
         note="Left: ASR against the drift of the benign output distribution (KL from the unaligned "
-        "model, nats per token): the lower left is the better bargain. Right: ASR before (hollow) "
-        "and after (filled) one epoch of fine-tuning on dialogues: is a model that was aligned "
-        "through fewer units easier to break? 95 % intervals, seeds pooled."
+        "model, nats per token): the lower left is the better bargain; numbers are those "
+        "of the names. Right: ASR before (hollow) and after (filled) one epoch of fine-tuning on "
+        "dialogues: is a model that was aligned through fewer units easier to break? 95 % "
+        "intervals, seeds pooled."
     )
-    measured_arms(study, output, instructions=False)
-    frame = output.frame(study, "fig_budget")
+    places = measured_arms(study, output, instructions=False)
+    frame = _in_order(output.frame(study, "fig_budget"), places)
     names = list(frame[frame["metric"] == "asr_attacked"]["arm"].unique())
     output.note += _which_seeds(frame[frame["arm"].isin(names)])
     with plt.style.context(STYLE):
@@ -134,8 +141,8 @@ def _style(name: str) -> tuple[str, str]:
     return ("P", "#CC79A7") if name.startswith("LoRA") else ("s", COLOURS["EUU"])
 
 
-def _draw_bargain(axes: Axes, frame: pd.DataFrame, names: Iterable[str]) -> None:
-    for name in names:
+def _draw_bargain(axes: Axes, frame: pd.DataFrame, names: Sequence[str]) -> None:
+    for number, name in enumerate(names, 1):  # whole names would hide each other
         rows = frame[frame["arm"] == name]
         x, y = pooled(rows, "drift"), pooled(rows, "asr")
         assert x is not None
@@ -146,7 +153,8 @@ def _draw_bargain(axes: Axes, frame: pd.DataFrame, names: Iterable[str]) -> None
             xerr=[[x.value - x.low], [x.high - x.value]],
             yerr=[[y.value - y.low], [y.high - y.value]],
         )  # fmt: skip
-        axes.annotate(name, (x.value, y.value), (4, 4), textcoords="offset points", fontsize=7)
+        point = (x.value, y.value)
+        axes.annotate(str(number), point, (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="drift on benign prompts, nats per token", ylabel="ASR, %", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -163,5 +171,6 @@ def _draw_attacked(axes: Axes, frame: pd.DataFrame, names: list[str]) -> None:
                 e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt=marker,
                 color=colour, mfc=colour if filled else "white", ms=6, lw=0.8, capsize=2,
             )  # fmt: skip
-    axes.set_yticks(range(len(names)), names[::-1], fontsize=7)
+    labels = [f"{name}  {number}" for number, name in enumerate(names, 1)]
+    axes.set_yticks(range(len(names)), labels[::-1], fontsize=7)
     axes.set(xlabel="ASR before and after the attack, %", xlim=(-3, 103))

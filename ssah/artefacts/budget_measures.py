@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..arms import Aligning, Arm, Tuning
-from ..budget_arms import LONGER, RANDOM, RU, WHOLE, budget_arms, instruction_arms
+from ..budget_arms import FASTER, LONGER, RANDOM, RU, WHOLE, budget_arms, instruction_arms
 from ..errors import SsahError
 from ..evaluate.judges import attack_success, is_refusal
 from ..evaluate.stats import Estimate, average, crossed_mean, paired_difference, proportion
@@ -136,7 +136,7 @@ def _compare(
 ) -> None:
     """Each arm against the whole model, and RU against random units, on the same items."""
     pairs = [(name, WHOLE, "over_whole") for name in found if name != WHOLE]
-    for how in ("", f", {LONGER}"):
+    for how in ("", f", {LONGER}", f", {FASTER}"):
         pairs.append((f"{RU}{how}", f"{RANDOM}{how}", "over_random"))
     for name, other, what in pairs:
         if not {name, other} <= set(found):
@@ -150,30 +150,38 @@ def _compare(
         output.add(name, f"accuracy_{what}", stages.seed, _mean_difference(own, others))
 
 
-def measured_arms(study: Study, output: Output, *, instructions: bool) -> None:
-    """All arms of all seeds that the configuration names, with or without instructions."""
-    for stages, arms, lessons in [_chosen_arms(stages) for stages in study.all_stages]:
+def measured_arms(study: Study, output: Output, *, instructions: bool) -> dict[str, int]:
+    """Measure the arms that the configuration names, for all seeds, with or without instructions.
+
+    Returns the places of arms in a table, also of those that these seeds have but were not named.
+    """
+    places: dict[str, int] = {START: 0}
+    for stages, arms, lessons, names in [_chosen_arms(stages) for stages in study.all_stages]:
+        for name in names:
+            places.setdefault(name, len(places))
         _measure_safety(stages, output, START, Arm("unaligned"))
         _measure_tax(stages, output, START, Arm("unaligned"))
         found = {name: measure(stages, output, name, how) for name, how in arms.items()}
         _compare(stages, output, arms, found)
         if instructions:
             _measure_instructions(stages, output, lessons)
+    return places
 
 
 def _chosen_arms(
     stages: Stages,
-) -> tuple[Stages, dict[str, Aligning | None], dict[str, Tuning]]:
-    """The arms of one seed, all of them or those that are named, and those with instructions."""
+) -> tuple[Stages, dict[str, Aligning | None], dict[str, Tuning], list[str]]:
+    """The arms of one seed, all of them or those that are named, those with instructions, and
+    the names of all that there are."""
     budget, seed = stages.config.budget, stages.seed
     more = seed in budget.more_seeds
     arms = budget_arms(stages, longer=seed in budget.longer_seeds, more=more)
     lessons: dict[str, Tuning] = {}
     for attack in budget.instructions if more else ():
         lessons |= instruction_arms(stages, attack)
-    if not budget.arms:
-        return stages, arms, lessons
     names = [*arms, *lessons]
+    if not budget.arms:
+        return stages, arms, lessons, names
     unknown = set(budget.arms) - set(names)
     if unknown:
         raise SsahError(
@@ -181,4 +189,5 @@ def _chosen_arms(
             "(budget.longer_seeds and budget.more_seeds add others)."
         )
     chosen = {name: how for name, how in arms.items() if name in budget.arms}
-    return stages, chosen, {name: how for name, how in lessons.items() if name in budget.arms}
+    taught = {name: how for name, how in lessons.items() if name in budget.arms}
+    return stages, chosen, taught, names

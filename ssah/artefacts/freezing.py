@@ -58,7 +58,7 @@ def measure(
             "training_loss": same(record.epoch_losses[epoch - 1], record.steps),
             **frozen_shares(stages, tuning),
         }
-        if thorough and arm is paper_rule(arms) and stages.has("harmbench"):
+        if thorough and arm is paper_rule(arms) and stages.asks_harmbench(tuning.attack):
             harmbench = attack_success(stages.harmbench(arm))
             estimates["asr_harmbench"] = proportion(harmbench).scaled(100)
         for metric, estimate in estimates.items():
@@ -121,7 +121,8 @@ def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, 
             arm = label(attack, name, epoch)
             gain = stages.heldout_gain(arms[epoch - 1], attack, base)
             output.add(arm, "gain_over_full", seed, gain)
-            compare(output, arm, "saved_equal_epochs", seed, success[FULL][epoch - 1], own)
+            if epoch <= len(success[FULL]):
+                compare(output, arm, "saved_equal_epochs", seed, success[FULL][epoch - 1], own)
             compare(output, arm, "saved_paper_rule", seed, success[FULL][0], own)
     for name in compared[1:]:  # beside CU6
         for epoch, own in enumerate(success[name], 1):

@@ -117,9 +117,11 @@ def divergences(
     batch_size: int,
 ) -> list[float]:
     """KL(reference || model) in nats per continuation token, by pair; 0 where there is none."""
-    found = []
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    found = [0.0] * len(pairs)
     for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
+        chosen = order[start : start + batch_size]
+        batch = [pairs[i] for i in chosen]
         ids = pad([[*c, *t] for c, t in batch], 0)
         attention = pad([[1] * (len(c) + len(t)) for c, t in batch], 0)
         scored = pad([[0] * len(c) + [1] * len(t) for c, t in batch], 0).bool()[:, 1:]
@@ -138,7 +140,8 @@ def divergences(
         )
         by_token = (wanted.exp() * (wanted - given)).sum(-1).cpu()
         sums = torch.zeros(len(batch)).index_add_(0, scored.nonzero()[:, 0], by_token)
-        found += (sums / scored.sum(1).clamp(min=1)).tolist()
+        for i, mean in zip(chosen, (sums / scored.sum(1).clamp(min=1)).tolist(), strict=True):
+            found[i] = mean
     return found
 
 

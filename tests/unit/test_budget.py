@@ -13,6 +13,7 @@ from ssah.arms import Aligning, Arm
 from ssah.attribution import ActivationStatistics, unit_scores
 from ssah.budget import PREFIX_JAILBREAK
 from ssah.budget_arms import (
+    FASTER,
     LONGER,
     RANDOM,
     RU,
@@ -121,8 +122,8 @@ def test_the_arms_and_their_order(stages):
     rank = round(stages.layout.weights(stages.redundant(0.2)) / step)
     assert list(everything) == [
         WHOLE, RU, RANDOM, f"RU, {LONGER}", f"random, as RU, {LONGER}",
-        "highest I_U, as RU", "RU 10 %", "ESU of the aligned model",
-        "all heads", f"LoRA, rank {rank}",
+        f"RU, {FASTER}", f"random, as RU, {FASTER}", "highest I_U, as RU", "RU 10 %",
+        "ESU of the aligned model", "all heads", f"LoRA, rank {rank}",
         f"LoRA inside RU, rank {rank}",
     ]  # fmt: skip
     assert three[WHOLE] is everything[WHOLE] is None
@@ -160,6 +161,8 @@ def test_what_the_arms_train(study, stages):
     for name in (RU, RANDOM):
         longer = dataclasses.replace(arms[name], changes={"epochs": 2})
         assert arms[f"{name}, {LONGER}"] == longer
+        rate = {"learning_rate": pytest.approx(3 * stages.config.align.learning_rate)}
+        assert arms[f"{name}, {FASTER}"] == dataclasses.replace(arms[name], changes=rate)
     assert stages.config.align.epochs == 1
     other = budget_arms(study.stages(1), more=False)
     assert other[RANDOM].trained != drawn

@@ -13,8 +13,9 @@ import pytest
 
 from ssah import preparation, tuning
 from ssah.arms import Aligning, Arm, Tuning
-from ssah.artefacts import Output, find
+from ssah.artefacts import Output, alignment, find
 from ssah.budget_arms import (
+    FASTER,
     LONGER,
     RANDOM,
     RU,
@@ -200,7 +201,8 @@ def test_arms_are_compared_with_all_units_and_with_random_ones(outputs, study, a
     output, differences = outputs["table4"], []
     others = {(name, "over_whole"): WHOLE for name, _ in arms if name != WHOLE}
     others[RU, "over_random"] = RANDOM
-    others[f"{RU}, {LONGER}", "over_random"] = f"{RANDOM}, {LONGER}"
+    for how in (LONGER, FASTER):
+        others[f"{RU}, {how}", "over_random"] = f"{RANDOM}, {how}"
     for (name, what), other in others.items():
         for seed in (seed for arm, seed in arms if arm == name):
             stages = study.stages(seed)
@@ -393,8 +395,9 @@ def test_points_of_fig_budget_are_the_pooled_metrics(outputs):
     left, right = output.figure.axes
     arms = dict.fromkeys(r["arm"] for r in output.metrics)
     names = [arm for arm in arms if arm != START and not arm.startswith("arithmetic: ")]
-    assert [text.get_text() for text in left.texts] == names
-    assert [label.get_text() for label in right.get_yticklabels()] == names[::-1]
+    assert [text.get_text() for text in left.texts] == [str(n + 1) for n in range(len(names))]
+    labels = [f"{name}  {number}" for number, name in enumerate(names, 1)]
+    assert [label.get_text() for label in right.get_yticklabels()] == labels[::-1]
 
     def ends(name: str, key: str) -> list[float]:
         return [mean(output, name, key, part) for part in ("low", "high")]
@@ -442,6 +445,15 @@ def test_arms_can_be_chosen(smoke_study, overrides, outputs, taught):
     for r in output.metrics:
         same = metric(outputs["table4"], r["arm"], r["metric"], 0)
         assert r["value"] == pytest.approx(same)
+
+
+def test_arms_of_another_run_stand_where_they_would_have_been_measured():
+    frame = pd.DataFrame({"arm": ["B", START, "other", "A", "B"], "value": range(5)})
+    ordered = alignment._in_order(frame, {START: 0, "A": 1, "absent": 2, "B": 3})
+    assert list(zip(ordered["arm"], ordered["value"], strict=True)) == [
+        (START, 1), ("A", 3), ("B", 0), ("B", 4), ("other", 2),
+    ]  # fmt: skip
+    assert list(ordered.index) == list(range(5))
 
 
 def test_an_unknown_arm_is_refused_before_anything_is_measured(smoke_study, overrides):
