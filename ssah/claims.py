@@ -14,11 +14,18 @@ from .statements import CLAIMS, Claim
 
 
 def measured(claim: Claim, results: Path) -> Estimate | None:
-    """The estimate behind a claim from a results folder's metrics, seeds pooled; None if absent."""
+    """The estimate behind a claim from a results folder's metrics, seeds pooled; None if absent.
+
+    A number that is counted has no interval: it gets the range over seeds.
+    """
     found = _rows_behind(claim, _metrics(results))
     if found.empty:
         return None
-    return pool([Estimate(*row) for row in found[["value", "low", "high", "n"]].to_numpy()])
+    estimates = [Estimate(*row) for row in found[["value", "low", "high", "n"]].to_numpy()]
+    values = [e.value for e in estimates]
+    if all(e.low == e.high for e in estimates):
+        return Estimate(sum(values) / len(values), min(values), max(values), estimates[0].n)
+    return pool(estimates)
 
 
 def _metrics(results: Path) -> pd.DataFrame:

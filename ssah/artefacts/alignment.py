@@ -61,11 +61,11 @@ def table4(study: Study) -> Output:
         "paper's rule) or '3 x the rate'. ASR: coherent answers that are no refusal; prefix: with "
         "the request to start with an answer; attacked: after one epoch on dialogues. Accuracy "
         "change: trivia and arithmetic, points against the unaligned model on the same items. "
-        "Drift: KL from the unaligned model on benign prompts, nats per token. Optimizer: AdamW's two moments in "
-        "float32; `make bench` has seconds and memory. The paper aligns with instructions and "
-        "reports no safety: rows that begin with the name of a set, such as arithmetic, are the "
-        "unaligned model after learning from those harmless rows by the paper's rule for epochs, "
-        "and the held-out gain is what it learned (nats per token)."
+        "Drift: KL from the unaligned model on benign prompts, nats per token. Optimizer: AdamW's "
+        "two moments in float32; `make bench` has seconds and memory. The paper aligns with "
+        "instructions and reports no safety: rows that begin with the name of a set, such as "
+        "arithmetic, are the unaligned model after learning from those harmless rows by the "
+        "paper's rule for epochs, and the held-out gain is what it learned (nats per token)."
     )
     places = measured_arms(study, output, instructions=True)
     frame = _in_order(output.frame(study, "table4"), places)

@@ -99,6 +99,12 @@ def test_seeds_are_pooled(root):
     assert measured(claim(10, above=True), folder) == Estimate(40, 30, 50, 100)
 
 
+def test_a_counted_number_gets_the_range_over_seeds(root):
+    shares = [("table1", "ESU", "asr_rise", n, v, v, v, 9) for n, v in enumerate((1.3, 2.0, 1.5))]
+    folder = write_metrics(root / "laptop", shares)
+    assert measured(claim(10, above=True), folder) == Estimate(pytest.approx(1.6), 1.3, 2.0, 9)
+
+
 def test_a_number_of_fewer_seeds_says_so(root, monkeypatch):
     """Beside it a number of all seeds, of which some rows are draws, says nothing."""
     rare, common = claim(10, above=True, arm="rare"), claim(10, above=True, arm="common")

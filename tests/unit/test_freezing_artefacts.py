@@ -16,6 +16,7 @@ from ssah.paths import reference_csv
 from ssah.selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, random_controls
 from ssah.stages import Stages
 from ssah.statements import CLAIMS
+from ssah.study import Study
 
 NAMES = ("table2", "table3", "table14", "fig13")
 ATTACKS = ("dialogues", "instructions")
@@ -53,6 +54,23 @@ def rate(stages: Stages, arm: Arm, prompts: str = "harmful_evaluation") -> float
     """ASR in per cent, counted."""
     answers = stages.completions(prompts, arm)
     return 100 * sum(attack_success(answers)) / len(answers)
+
+
+def test_without_wide_attacks_the_numbers_are_the_same_and_fewer(attacked_study, outputs):
+    study = Study("smoke", [*attacked_study.overrides, "finetune.wide_attacks=[dialogues]"])
+    study.store = attacked_study.store
+    few, every = ({(r["arm"], r["metric"], r["seed"]): r["value"] for r in o.metrics}
+                  for o in (find("table2").compute(study), outputs["table2"]))  # fmt: skip
+    assert few == {key: every[key] for key in few}
+    gone = {arm for arm, _, _ in every} - {arm for arm, _, _ in few}
+    names = [CONFLICT_ARM, ALL]
+    assert gone == {labelled("instructions", n, e) for n in names for e in (1, 2)} | {
+        labelled("instructions", FULL, 2)
+    }
+    compared = {arm for arm, name, _ in few if name == "saved_equal_epochs"}
+    assert labelled("instructions", CU6, 1) in compared
+    assert labelled("instructions", CU6, 2) not in compared
+    assert {labelled("dialogues", CU6, epoch) for epoch in (1, 2)} <= compared
 
 
 # --- table 2 and what it shares with figures -------------------------------------------------

@@ -45,6 +45,20 @@ def test_headline_arms_freeze_groups_of_the_aligned_models_roles(stages, attack)
     assert int(esu.sum()) == round(0.05 * 136)
 
 
+def test_without_wide_attacks_there_is_what_the_paper_needs(smoke_study, stages):
+    """Third arm on dialogues only; elsewhere nothing frozen for one epoch; no gradient conflict."""
+    few = smoke_study("finetune.wide_attacks=[]").stages(0)
+    for attack, names in (("dialogues", [FULL, CU6, ALL]), ("arithmetic", [FULL, CU6])):
+        arms, all_arms = selections.contenders(few, attack), selections.contenders(stages, attack)
+        assert list(arms) == names
+        assert set(all_arms) == {FULL, CU6, ALL, selections.CONFLICT_ARM}
+        assert all(arms[name] == all_arms[name] for name in names[1:])
+        epochs = {} if attack == "dialogues" else {"epochs": 1}
+        assert arms[FULL] == Tuning(attack, changes=epochs)
+        assert stages.asks_harmbench(attack)
+        assert not few.asks_harmbench(attack)
+
+
 def test_the_ratio_sweep_adds_to_the_same_units(stages):
     arms = selections.ratios(stages)
     assert list(arms) == stages.config.finetune.cu_percents == [0, 6, 12]
