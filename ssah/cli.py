@@ -24,7 +24,7 @@ COMMANDS = {
     "claims": "print the claims table of a finished run",
     "notebook": "execute one notebook: ssah notebook 02_unit_roles",
     "assets": "list (with --fetch: download) the embedded model and data",
-    "bench": "time attribution and each way to train, and their memory, in about ten minutes",
+    "bench": "time attribution and each way to train, and their memory, in a quarter of an hour",
     "clean-cache": "delete cached runs and downloads",
 }
 
