@@ -93,7 +93,7 @@ class AlignmentBudget(FineTuning):
         """Nats per token by which an arm's distribution left the unaligned model's, by prompt:
         KL(unaligned || arm) over the unaligned model's own answers to benign prompts."""
         rows, evaluate = self.rows("benign_evaluation"), self.config.evaluate
-        if arm == Arm("unaligned"):
+        if arm == Arm("unaligned"):  # from itself
             return [0.0] * len(rows)
         said = self.answers(rows, Arm("unaligned"), evaluate.max_new_tokens)
         key = self._key(

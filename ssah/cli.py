@@ -147,12 +147,10 @@ def _duration(name: str, study) -> str:
     return f"About {minutes:.0f} min on 2 cores where nothing is cached."
 
 
-def _bench(profile: str, overrides: list[str]) -> Path:
+def _bench(profile: str, overrides: list[str]) -> None:
     from .bench import bench
 
-    written = bench(profile, overrides)
-    print(written.read_text("utf-8"))
-    return written
+    print(bench(profile, overrides).read_text("utf-8"))
 
 
 def _results(profile: str, overrides: list[str]) -> Path:
@@ -229,7 +227,7 @@ def _publish_part(names: list[str], profile: str, overrides: list[str]) -> None:
         else:
             execute(name, study.results, profile, overrides)
     notebooks = [name for name in names if name in available()]
-    ids = [a.id for a in artefacts] + [name for name in names if name == "bench"]
+    ids = [*(a.id for a in artefacts), *(["bench"] if "bench" in names else [])]
     report.publish_part(study.results, ids, notebooks)
     published = results_root() / "published"
     execute("00_index", published, profile, ["n_seeds=0"])  # no run, only what is published

@@ -214,6 +214,13 @@ def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> 
     return torch.tensor(rows)
 
 
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Batches of positions, shortest first, so that little is padded; ties keep their order."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
 def dialogue_batches(
     pairs: Sequence[tuple[list[int], list[int]]],
     batch_size: int,

@@ -97,8 +97,10 @@ def publish_part(results: Path, artefacts: Sequence[str], notebooks: Sequence[st
     for name in artefacts:
         for source in results.glob(f"*/{name}.*"):
             _copy(source, published / source.relative_to(results))
-        if name in ARTEFACTS:
-            metrics = pd.read_csv(results / "metrics.csv", dtype={"seed": str})
+    measured = [name for name in artefacts if name in ARTEFACTS]
+    if measured:
+        metrics = pd.read_csv(results / "metrics.csv", dtype={"seed": str})
+        for name in measured:
             merge_rows(published / "metrics.csv", metrics[metrics["artefact"] == name], name)
     for name in notebooks:
         _copy(*(folder / "notebooks" / f"{name}.ipynb" for folder in (results, published)))

@@ -29,12 +29,12 @@ def headline(stages: Stages, attack: str) -> dict[str, Tuning]:
     """The paper's arms. Where an attack does not have all arms, the one that freezes nothing is
     trained for as long as the paper's rule needs it, one epoch, and only dialogues have the third.
     """
-    wide = attack in stages.config.finetune.wide_attacks
+    at_length = attack in (MAIN_ATTACK, *stages.config.finetune.wide_attacks)
     arms = {
-        FULL: Tuning(attack, changes={} if wide or attack == MAIN_ATTACK else {"epochs": 1}),
+        FULL: Tuning(attack, changes={} if at_length else {"epochs": 1}),
         CU6: freeze(stages, attack, stages.roles.select("ESU", "CU:6%")),
     }
-    if wide or attack == MAIN_ATTACK:
+    if at_length:
         arms[ALL] = freeze(stages, attack, stages.roles.select("ESU", "CU"))
     return arms
 

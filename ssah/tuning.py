@@ -67,7 +67,7 @@ class FineTuning(Probing):
                 f"ask for more than the {len(rows)} rows that there are."
             )
         chosen = self.draw(f"attack/{attack}", rows, count + config.heldout_rows)
-        if chosen[0].response is None:
+        if chosen[0].response is None:  # they get the unaligned model's answers
             run = self.answers(chosen, Arm("unaligned"), config.max_response_tokens)
             text = self.answer_texts(run)
             chosen = [dataclasses.replace(row, response=text[row.id]) for row in chosen]
@@ -78,7 +78,7 @@ class FineTuning(Probing):
             return self.rows("arithmetic")[self.config.evaluate.arithmetic_items :]
         if self.has(attack):
             return self.rows(attack)
-        # Instructions without answers of their own: they get those of the unaligned model.
+        # No instructions of their own; answers that these prompts have are for other purposes.
         rows = self.rows("benign_align") + self.rows("benign_attribution")
         return [dataclasses.replace(row, response=None) for row in rows]
 

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import encode, pad
+from ..models import by_length, encode, pad
 
 
 def complete(
@@ -46,13 +46,11 @@ def continuations(
     Prompts are padded on the left and batched by length, so that equal prompts get equal batch
     shapes in every arm that is compared. Generation stops at the end-of-turn token.
     """
-    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
     answers: list[list[int]] = [[]] * len(ids)
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
-    steps = range(0, len(order), batch_size)
-    for start in tqdm(steps, desc="completions", leave=False, disable=not sys.stderr.isatty()):
-        chosen = order[start : start + batch_size]
+    batches = list(by_length([len(prompt) for prompt in ids], batch_size))
+    for chosen in tqdm(batches, desc="completions", leave=False, disable=not sys.stderr.isatty()):
         batch = [ids[i] for i in chosen]
         prompt = pad(batch, tokenizer.pad_token_id, "left").to(model.device)
         attention = pad([[1] * len(b) for b in batch], 0, "left").to(model.device)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Row
 from ..errors import SsahError
-from ..models import encode, encode_dialogue, pad
+from ..models import by_length, encode, encode_dialogue, pad
 from .generate import complete
 
 
@@ -39,10 +39,8 @@ def continuation_losses(
     batch_size: int,
 ) -> list[float]:
     """Negative log-likelihood (nats, summed) of each continuation given its context."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     losses = [0.0] * len(pairs)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length([len(c) + len(t) for c, t in pairs], batch_size):
         batch = [pairs[i] for i in chosen]
         ids = pad([[*c, *t] for c, t in batch], 0).to(model.device)
         attention = pad([[1] * (len(c) + len(t)) for c, t in batch], 0).to(model.device)
@@ -70,11 +68,9 @@ def choice_losses(
 
     At most ``batch_size`` continuations are in memory at a time, or those of one context.
     """
-    order = sorted(range(len(items)), key=lambda i: (len(items[i][0]), i))
     step = max(batch_size // max((len(texts) for _, texts in items), default=1), 1)
     found: list[list[float]] = [[]] * len(items)
-    for start in range(0, len(order), step):
-        chosen = order[start : start + step]
+    for chosen in by_length([len(context) for context, _ in items], step):
         contexts = [items[i][0] for i in chosen]
         texts = [text for i in chosen for text in items[i][1]]
         owner = torch.tensor([n for n, i in enumerate(chosen) for _ in items[i][1]])
@@ -117,10 +113,8 @@ def divergences(
     batch_size: int,
 ) -> list[float]:
     """KL(reference || model) in nats per continuation token, by pair; 0 where there is none."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     found = [0.0] * len(pairs)
-    for start in range(0, len(pairs), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length([len(c) + len(t) for c, t in pairs], batch_size):
         batch = [pairs[i] for i in chosen]
         ids = pad([[*c, *t] for c, t in batch], 0)
         attention = pad([[1] * (len(c) + len(t)) for c, t in batch], 0)
