@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -28,31 +29,42 @@ def measured(claim: Claim, results: Path) -> Estimate | None:
     return pool(estimates)
 
 
-def _metrics(results: Path) -> pd.DataFrame:
+@dataclass(frozen=True)
+class _Metrics:
+    """All numbers of a results folder: rows by artefact, and the seeds."""
+
+    rows: dict[str, pd.DataFrame]
+    seeds: list[str]
+
+
+def _metrics(results: Path) -> _Metrics:
     path = results / "metrics.csv"
-    if not path.exists():
-        return pd.DataFrame(columns=["artefact", "arm", "metric", "seed"])
-    return _read(path, path.stat().st_mtime_ns)
+    return _read(path, path.stat().st_mtime_ns) if path.exists() else _Metrics({}, [])
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: Path, _modified: int) -> pd.DataFrame:
+def _read(path: Path, _modified: int) -> _Metrics:
     """Read once for all claims, until the file changes."""
-    return pd.read_csv(path, dtype={"seed": str})
+    frame = pd.read_csv(path, dtype={"seed": str})
+    return _Metrics(dict(list(frame.groupby("artefact"))), _seeds(frame))
 
 
-def _rows_behind(claim: Claim, frame: pd.DataFrame) -> pd.DataFrame:
-    chosen = (frame["artefact"] == claim.artefact) & (frame["arm"] == claim.arm)
-    return frame[chosen & (frame["metric"] == claim.metric)]
+def _rows_behind(claim: Claim, metrics: _Metrics) -> pd.DataFrame:
+    if claim.artefact not in metrics.rows:
+        return pd.DataFrame()
+    frame = metrics.rows[claim.artefact]
+    return frame[(frame["arm"] == claim.arm) & (frame["metric"] == claim.metric)]
 
 
 def _number(claim: Claim, results: Path) -> str:
     """The estimate as text, with its seeds where the results have more than it has."""
-    estimate, frame = measured(claim, results), _metrics(results)
+    estimate, metrics = measured(claim, results), _metrics(results)
     if estimate is None:
         return ""
-    own, of_all = (_seeds(part) for part in (_rows_behind(claim, frame), frame))
-    return format_estimate(estimate, 2) + (f" (seed {', '.join(own)})" if own != of_all else "")
+    own = _seeds(_rows_behind(claim, metrics))
+    return format_estimate(estimate, 2) + (
+        f" (seed {', '.join(own)})" if own != metrics.seeds else ""
+    )
 
 
 def _seeds(frame: pd.DataFrame) -> list[str]:

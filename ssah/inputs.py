@@ -33,9 +33,16 @@ class Inputs:
         """Whether this data source has a set."""
         return self.sets.path(f"{name}.jsonl").exists()
 
+    @functools.cached_property
+    def _read(self) -> dict[str, list[Row]]:
+        """Sets that were read; hundreds of keys ask for them."""
+        return {}
+
     def rows(self, name: str, limit: int | None = None) -> list[Row]:
         """The rows of a set; asking for more than there are is an error."""
-        rows = read_set(self.sets, name)
+        if name not in self._read:
+            self._read[name] = read_set(self.sets, name)
+        rows = self._read[name]
         if limit is not None and limit > len(rows):
             raise SsahError(f"Set '{name}' has {len(rows)} rows but {limit} are asked for.")
         return rows[:limit]

@@ -69,6 +69,8 @@ def write_output(study: Study, artefact: Artefact, output: Output) -> None:
         f"{stamp['config']}, commit {stamp['commit'] or 'unknown'}. Command: python -m ssah "
         f"{artefact.id} profile={stamp['profile']} {stamp['overrides']}".rstrip()
     )
+    if study.earlier is not None:
+        line += ". Arms and seeds beyond that: earlier runs, each named in metrics.csv."
     frame.insert(0, "artefact", artefact.id)
     table, numbers = study.results / "tables" / artefact.id, frame.drop(columns=list(stamp))
     write_atomically(table.with_suffix(".csv"), lambda p: _to_csv(numbers, p))

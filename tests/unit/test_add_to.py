@@ -75,6 +75,9 @@ def test_every_number_keeps_its_origin(results):
     assert frame["overrides"][~own].isna().all()
     assert set(frame["seeds"][own].astype(str)) == {"1"}
     assert set(frame["seeds"][~own].astype(str)) == {"0"}
+    line = "earlier runs, each named in metrics.csv"
+    for folder, says in (("apart", True), ("second", False)):
+        assert (line in (results / folder / "tables" / "table1.md").read_text()) == says
 
 
 def test_what_is_measured_again_replaces_what_was_there(results, smoke_study, monkeypatch):
