@@ -15,7 +15,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 
 ARTEFACTS := table11 fig2 fig3 fig4 fig7 fig_margin fig_readout fig_share_sweep fig_roles_map table1 \
 	fig5 fig11 fig12 fig13 table2 table13 table3 fig8 fig_conditions table14 table15 \
-	table4 fig_budget fig6 fig9 fig10
+	table4 fig_budget fig6 fig9 fig10 fig_verdicts table_judges
 NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 
 .PHONY: help env setup plan smoke reproduce publish test test-notebooks lint bench lock clean-cache \

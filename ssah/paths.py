@@ -31,6 +31,12 @@ def reference_csv() -> Path:
     return packaged if packaged.exists() else results_root() / "reference" / "paper.csv"
 
 
+def labels_csv() -> Path:
+    """Verdicts by a rater on completions, by hash."""
+    packaged = RESOURCES / "labels.csv"
+    return packaged if packaged.exists() else results_root() / "reference" / "labels.csv"
+
+
 def results_root() -> Path:
     return project_root() / "results"
 

@@ -25,6 +25,11 @@ CONFLICT_ARM = f"{CONFLICT}, as {CU6}"
 WIDER = 0.25
 
 
+def label(attack: str, name: str, epoch: int) -> str:
+    """How an arm is called in metrics: ``dialogues: ESU + 6 % CU, 2 epochs``."""
+    return f"{attack}: {name}, {epoch} epoch{'s' if epoch > 1 else ''}"
+
+
 def headline(stages: Stages, attack: str) -> dict[str, Tuning]:
     """The paper's arms. Where an attack does not have all arms, the one that freezes nothing is
     trained for as long as the paper's rule needs it, one epoch, and only dialogues have the third.

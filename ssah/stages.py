@@ -16,7 +16,8 @@ from .arms import Arm, Tuning, Which
 from .budget import AlignmentBudget
 from .config import RolesConfig
 from .data import Row, read_jsonl
-from .evaluate.judges import attack_success
+from .evaluate import judges
+from .evaluate.judges import Completion, attack_success
 from .evaluate.stats import Estimate, perplexity
 from .evaluate.utility import (
     continuation_losses,
@@ -49,16 +50,17 @@ def paper_rule(arms: list[Arm]) -> Arm:
 class Stages(AlignmentBudget):
     """All stages of one seed under one configuration."""
 
-    def completions(self, set_name: str, arm: Arm, *, system: bool = False) -> list[str]:
+    def completions(self, set_name: str, arm: Arm, *, system: bool = False) -> list[Completion]:
         """An arm's completions of a prompt set at the configured length."""
         return self.said(self.rows(set_name), arm, self.config.evaluate.system_prompt * system)
 
-    def said(self, rows: list[Row], arm: Arm, system: str = "") -> list[str]:
+    def said(self, rows: list[Row], arm: Arm, system: str = "") -> list[Completion]:
         """An arm's completions of any prompts at the configured length."""
         run = self.answers(rows, arm, self.config.evaluate.max_new_tokens, system)
-        return [record["completion"] for record in read_jsonl(run.path("completions.jsonl"))]
+        records = read_jsonl(run.path("completions.jsonl"))
+        return [Completion(r.prompt, c["completion"]) for r, c in zip(rows, records, strict=True)]
 
-    def harmbench(self, arm: Arm) -> list[str]:
+    def harmbench(self, arm: Arm) -> list[Completion]:
         """An arm's completions of as many prompts of HarmBench as configured."""
         count = self.config.evaluate.harmbench or len(self.rows("harmbench"))
         return self.said(self.spread("harmbench", count), arm)
@@ -118,6 +120,7 @@ class Stages(AlignmentBudget):
             1,
             config=dataclasses.asdict(config),
             inputs=[*inputs, self.sets.key],
+            judge=judges.identity(),
             measured=[evaluate.max_new_tokens, evaluate.batch_size, evaluate.perplexity_rows],
         )
 

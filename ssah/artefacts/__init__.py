@@ -85,7 +85,7 @@ class Artefact:
 
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
-BUDGET = "06_alignment_budget"
+BUDGET, VERDICTS = "06_alignment_budget", "09_verdicts"
 DIALOGUES = ("dialogues",)
 
 #: All artefacts, in the order of the notebooks.
@@ -118,6 +118,10 @@ ARTEFACTS = {
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),
         Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer"),
         Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer"),
+        Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "verdicts", DIALOGUES),
+        Artefact(
+            "table_judges", "Agreement of the judges with labels", VERDICTS, "verdicts", DIALOGUES
+        ),
     )
 }
 

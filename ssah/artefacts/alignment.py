@@ -25,6 +25,7 @@ _COLUMNS: dict[str, tuple[str, int]] = {
     "training loss": ("training_loss", 2),
     "held-out gain": ("heldout_gain", 2),
     "ASR": ("asr", 1),
+    "no refusal phrase": ("not_refused", 1),
     "ASR HarmBench": ("asr_harmbench", 1),
     "ASR Do-Not-Answer": ("asr_do_not_answer", 1),
     "ASR, prefix": ("asr_prefix", 1),
@@ -58,8 +59,8 @@ def table4(study: Study) -> Output:
         f"{100 * config.budget.share:g} % of units with the lowest I_U in the unaligned model, "
         "random ones as many. Everything else keeps its bits, which is checked after each "
         "training. Same rows, rate and epochs as the whole model, unless 'twice the epochs' (the "
-        "paper's rule) or '3 x the rate'. ASR: coherent answers that are no refusal; prefix: with "
-        "the request to start with an answer; attacked: after one epoch on dialogues. Accuracy "
+        "paper's rule) or '3 x the rate'. ASR: harmful prompts that are answered; no refusal "
+        "phrase: the paper's measure; prefix: with the request to start with an answer; attacked: after one epoch on dialogues. Accuracy "
         "change: trivia and arithmetic, points against the unaligned model on the same items. "
         "Drift: KL from the unaligned model on benign prompts, nats per token. Optimizer: AdamW's "
         "two moments in float32; `make bench` has seconds and memory. The paper aligns with "

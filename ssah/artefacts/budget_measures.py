@@ -9,7 +9,7 @@ import numpy as np
 from ..arms import Aligning, Arm, Tuning
 from ..budget_arms import FASTER, LONGER, RANDOM, RU, WHOLE, budget_arms, instruction_arms
 from ..errors import SsahError
-from ..evaluate.judges import attack_success, is_refusal
+from ..evaluate.judges import Completion, attack_success, not_refused, refused
 from ..evaluate.stats import Estimate, average, crossed_mean, paired_difference, proportion
 from ..stages import Stages, paper_rule
 from ..tuning import MAIN_ATTACK
@@ -60,18 +60,22 @@ def measure(stages: Stages, output: Output, name: str, how: Aligning | None) -> 
 def _measure_safety(stages: Stages, output: Output, name: str, arm: Arm) -> Outcomes:
     """Attack success and over-refusal of one model."""
     config = stages.config
-    success = {"asr": attack_success(stages.completions("harmful_evaluation", arm))}
+    answers = stages.completions("harmful_evaluation", arm)
+    success = {"asr": attack_success(answers), "not_refused": not_refused(answers)}
     if stages.has("harmbench"):
         success["asr_harmbench"] = attack_success(stages.harmbench(arm))
     if stages.has("do_not_answer"):
         rows = stages.spread("do_not_answer", config.budget.elsewhere)
         success["asr_do_not_answer"] = attack_success(stages.said(rows, arm))
-    success["asr_prefix"] = attack_success(stages.said(stages.prefixed(), arm))
-    refused = {
-        f"refused_{prompts}": [is_refusal(a) for a in stages.completions(prompts, arm)]
+    # What was asked is the request, without the words about how to begin.
+    asked = [row.prompt for row in stages.rows("harmful_evaluation")]
+    said = [c.text for c in stages.said(stages.prefixed(), arm)]
+    success["asr_prefix"] = attack_success([*map(Completion, asked, said)])
+    declined = {
+        f"refused_{prompts}": refused(stages.completions(prompts, arm))
         for prompts in ("benign_evaluation", "borderline")
     }
-    for metric, outcomes in (success | refused).items():
+    for metric, outcomes in (success | declined).items():
         output.add(name, metric, stages.seed, proportion(outcomes).scaled(100))
     return success
 

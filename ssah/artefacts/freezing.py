@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ..arms import Arm, Tuning
-from ..evaluate.judges import attack_success, is_coherent
+from ..evaluate.judges import attack_success, is_coherent, not_refused
 from ..evaluate.stats import (
     Estimate,
     paired_difference,
     paired_p_value,
     proportion,
 )
-from ..selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, random_controls
+from ..selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, label, random_controls
 from ..stages import Stages, paper_rule
 from ..tuning import ATTACKS, MAIN_ATTACK
 from . import Output
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 
 #: A headline arm -> the paper's name of it, after the data set.
 PAPER_ARMS = {FULL: "full", CU6: "freeze_esu_cu6", ALL: "freeze_esu_cu_all"}
-
-
-def label(attack: str, name: str, epoch: int) -> str:
-    """How an arm is called in metrics: ``dialogues: ESU + 6 % CU, 2 epochs``."""
-    return f"{attack}: {name}, {epoch} epoch{'s' if epoch > 1 else ''}"
 
 
 def measure(
@@ -52,7 +47,8 @@ def measure(
         estimates = {
             "asr": proportion(successes[-1]).scaled(100),
             "asr_rise": paired_difference(successes[-1], start).scaled(100),
-            "incoherent": proportion([not is_coherent(a) for a in answers]).scaled(100),
+            "not_refused": proportion(not_refused(answers)).scaled(100),
+            "incoherent": proportion([not is_coherent(a.text) for a in answers]).scaled(100),
             "perplexity": stages.perplexity(arm),
             "heldout_gain": stages.heldout_gain(arm, tuning.attack),
             "training_loss": same(record.epoch_losses[epoch - 1], record.steps),
@@ -207,6 +203,7 @@ _COLUMNS: dict[str, tuple[str, int]] = {
     "held-out gain": ("heldout_gain", 2),
     "perplexity": ("perplexity", 2),
     "ASR": ("asr", 1),
+    "no refusal phrase": ("not_refused", 1),
     "saved, equal epochs": ("saved_equal_epochs", 1),
     "saved, paper's rule": ("saved_paper_rule", 1),
     "saved over random": ("saved_over_random", 1),
@@ -217,7 +214,7 @@ _COLUMNS: dict[str, tuple[str, int]] = {
 def _paper_rows(artefact: str) -> pd.DataFrame:
     """The paper's keyword ASR on AdvBench, and Llama Guard's on HEx-PHI beside our HarmBench."""
     wanted = {
-        ("advbench", "asr_keyword"): "ASR",
+        ("advbench", "asr_keyword"): "no refusal phrase",
         ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
     }
     return paper_rows(artefact, wanted, "fine-tuning: frozen")
@@ -230,7 +227,8 @@ def _note(study: Study, attacks: list[str]) -> str:
     return (
         f"The aligned model is fine-tuned on harmless rows: {trained}; rate "
         f"{config.learning_rate:g}, batches of {config.batch_size}, embeddings {embeddings}. ASR: "
-        "coherent answers that are no refusal, of the held-out harmful prompts. Saved: points of "
+        "share of the held-out harmful prompts that are answered; no refusal phrase: share with "
+        "coherent text that holds none, the paper's measure. Saved: points of "
         "ASR that the arm has less than the arm that freezes nothing, on the same prompts (paired "
         "95 % interval): after as many epochs, or (paper's rule) after one epoch of that arm. "
         "Saved over random: against as many heads and neurons drawn at random, frozen, after as "

@@ -17,12 +17,13 @@ from ..selections import (
     FULL,
     conditions,
     headline,
+    label,
     ratios,
 )
 from ..stages import Stages
 from ..tuning import MAIN_ATTACK
 from . import Output
-from .freezing import compare, label, measure, measure_contenders, measure_random
+from .freezing import compare, measure, measure_contenders, measure_random
 from .render import COLOURS, STYLE, ShownFigure
 from .summary import pooled
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..arms import Arm
 from ..baselines import magnitude_units, random_units
-from ..evaluate.judges import attack_success, is_coherent, is_refusal, validate
+from ..evaluate.judges import attack_success, is_coherent, not_refused, refused
 from ..evaluate.stats import (
     Estimate,
     average,
@@ -97,8 +97,8 @@ def _measure(
     success = attack_success(answers)
     rates = {
         "asr_nosys": success,
-        "not_refused_nosys": [not is_refusal(a) for a in answers],
-        "incoherent_nosys": [not is_coherent(a) for a in answers],
+        "not_refused_nosys": not_refused(answers),
+        "incoherent_nosys": [not is_coherent(a.text) for a in answers],
     }
     for metric, outcomes in rates.items():
         output.add(name, metric, seed, proportion(outcomes).scaled(100))
@@ -109,12 +109,14 @@ def _measure(
 def _measure_tasks(stages: Stages, output: Output, name: str, arm: Arm) -> None:
     """Safety with a system prompt, and accuracy by task."""
     seed = stages.seed
-    success = attack_success(stages.completions("harmful_evaluation", arm))
-    with_system = attack_success(stages.completions("harmful_evaluation", arm, system=True))
-    output.add(name, "asr_sys", seed, proportion(with_system).scaled(100))
-    # The same prompts twice are no larger sample: the interval is that of the number of prompts.
-    both = pool([proportion(success), proportion(with_system)])
-    output.add(name, "asr_avg", seed, both.scaled(100))
+    plain, with_system = (
+        stages.completions("harmful_evaluation", arm, system=system) for system in (False, True)
+    )
+    for metric, counted in (("asr", attack_success), ("not_refused", not_refused)):
+        rates = [proportion(counted(answers)) for answers in (plain, with_system)]
+        output.add(name, f"{metric}_sys", seed, rates[1].scaled(100))
+        # The same prompts twice are no larger sample: the interval is that of as many prompts.
+        output.add(name, f"{metric}_avg", seed, pool(rates).scaled(100))
     outcomes, whole = stages.task_outcomes(arm), stages.task_outcomes(Arm())
     accuracy = {task: proportion(right).scaled(100) for task, right in outcomes.items()}
     for task, estimate in accuracy.items():
@@ -128,8 +130,8 @@ def _measure_tasks(stages: Stages, output: Output, name: str, arm: Arm) -> None:
 def _over_refusal(stages: Stages, output: Output) -> None:
     """Refusals of harmless prompts: the price of the alignment that everything else starts from."""
     for name in ("benign_evaluation", "borderline"):
-        refused = [is_refusal(a) for a in stages.completions(name, Arm())]
-        output.add("dense", f"refused_{name}", stages.seed, proportion(refused).scaled(100))
+        outcomes = refused(stages.completions(name, Arm()))
+        output.add("dense", f"refused_{name}", stages.seed, proportion(outcomes).scaled(100))
 
 
 def _add_shares(stages: Stages, output: Output, name: str, mask: UnitMask) -> None:
@@ -153,6 +155,9 @@ _COLUMNS = {
     "ASR, system prompt": ("asr_sys", 1),
     "ASR, none": ("asr_nosys", 1),
     "ASR, average": ("asr_avg", 1),
+    "no refusal phrase, system prompt": ("not_refused_sys", 1),
+    "no refusal phrase, none": ("not_refused_nosys", 1),
+    "no refusal phrase, average": ("not_refused_avg", 1),
     "incoherent %": ("incoherent_nosys", 0),
 }
 
@@ -187,9 +192,9 @@ def _paper_rows() -> pd.DataFrame:
         "share_pct": "units %",
         "wikitext2_ppl": "perplexity",
         "utility_avg_acc": "utility %",
-        "asr_keyword_sys": "ASR, system prompt",
-        "asr_keyword_nosys": "ASR, none",
-        "asr_keyword_avg": "ASR, average",
+        "asr_keyword_sys": "no refusal phrase, system prompt",
+        "asr_keyword_nosys": "no refusal phrase, none",
+        "asr_keyword_avg": "no refusal phrase, average",
     }
     paper = paper[paper["metric"].isin(columns)]
     wide = paper.pivot_table(index=["model", "setting"], columns="metric", values="value")
@@ -207,14 +212,6 @@ def _rank(value: str, order: list[str]) -> str:
 
 
 def _table1_note(study: Study) -> str:
-    stages = study.all_stages[0]
-    agreement = "has not been compared with people on this data source."
-    if stages.has("refusal_labels"):
-        accuracy, kappa = validate(stages.rows("refusal_labels"))
-        agreement = (
-            f"agrees with people on {100 * accuracy.value:.0f} % of {accuracy.n} labelled answers "
-            f"(kappa {kappa:.2f}; its phrases were chosen with these labels in view)."
-        )
     evaluate = study.config.evaluate
     if evaluate.utility == "lm_eval":
         utility = f"lm-eval tasks {', '.join(evaluate.lm_eval_tasks)}"
@@ -224,12 +221,13 @@ def _table1_note(study: Study) -> str:
             f"(chance: 25 %) and {evaluate.arithmetic_items} arithmetic word problems (exact match)"
         )
     return (
-        "ASR: share of the held-out harmful prompts that get a coherent answer which is no "
-        f"refusal, within {evaluate.max_new_tokens} tokens. The refusal judge {agreement} "
-        "Perplexity: held-out answers given their "
-        f"prompts, not WikiText. Utility: {utility}. Values are followed by 95 % intervals "
-        "(Wilson; bootstrap for perplexity), with several seeds or draws the mean of each, and in "
-        "brackets the smallest and largest. Random and magnitude controls have as many heads and "
+        "ASR: share of the held-out harmful prompts that are answered, within "
+        f"{evaluate.max_new_tokens} tokens; no refusal phrase: the share that gets coherent text "
+        "without one, whether or not it answers, which is what the paper measures. "
+        "docs/judging.md says how both judges agree with labels. Perplexity: held-out answers "
+        f"given their prompts, not WikiText. Utility: {utility}. Values are followed by 95 % "
+        "intervals (Wilson; bootstrap for perplexity), with several seeds or "
+        "draws the mean of each, and in brackets the smallest and largest. Random and magnitude controls have as many heads and "
         "as many neurons, hence as many weights, as the group that they are named after."
         + _unmet_criteria(study)
     )

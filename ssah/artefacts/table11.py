@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ..arms import Arm
-from ..evaluate.judges import attack_success, is_coherent, is_refusal
+from ..evaluate.judges import attack_success, not_refused, refused
 from ..evaluate.stats import proportion
 from ..stages import Stages
 from . import Output
@@ -31,9 +31,9 @@ def table11(study: Study) -> Output:
     )
     output = Output(
         note=f"Here, {made}. For the paper's MT-bench stand perplexity of held-out answers, "
-        "accuracy on trivia and arithmetic, and the share of benign prompts that get a coherent "
-        "answer which is no refusal. ASR by the judge that reads phrases, on held-out AdvBench "
-        "prompts and on HarmBench; the paper's rows also have Llama Guard 3, and HEx-PHI where we "
+        "accuracy on trivia and arithmetic, and the share of benign prompts that are "
+        "answered. ASR: harmful prompts that are answered, held-out ones of AdvBench and "
+        "HarmBench; the paper's rows also have Llama Guard 3, and HEx-PHI where we "
         "have HarmBench."
     )
     for stages in study.all_stages:
@@ -57,9 +57,9 @@ def _measure(stages: Stages, output: Output, name: str, arm: Arm) -> None:
     for task, right in stages.task_outcomes(arm).items():
         output.add(name, f"{task} %", seed, proportion(right).scaled(100))
     harmless = stages.completions("benign_evaluation", arm)
-    answered = [is_coherent(a) and not is_refusal(a) for a in harmless]
+    answered = attack_success(harmless)
     output.add(name, "benign answered %", seed, proportion(answered).scaled(100))
-    looks = [is_refusal(a) for a in stages.completions("borderline", arm)]
+    looks = refused(stages.completions("borderline", arm))
     output.add(name, "borderline refused %", seed, proportion(looks).scaled(100))
     answers = {"AdvBench": stages.completions("harmful_evaluation", arm)}
     if stages.has("hexphi"):
@@ -69,13 +69,16 @@ def _measure(stages: Stages, output: Output, name: str, arm: Arm) -> None:
     for prompts, own in answers.items():
         success = proportion(attack_success(own)).scaled(100)
         output.add(name, f"ASR {prompts} %", seed, success)
+        if prompts == "AdvBench":
+            coherent = proportion(not_refused(own)).scaled(100)
+            output.add(name, "no refusal phrase, AdvBench %", seed, coherent)
 
 
 def _paper_rows() -> pd.DataFrame:
     """The paper's Table 11: pretrained, tuned on LIMA (unaligned), on ALERT as well (aligned)."""
     columns = {
         ("mt_bench", "avg"): "MT-bench",
-        ("advbench", "asr_keyword"): "ASR AdvBench %",
+        ("advbench", "asr_keyword"): "no refusal phrase, AdvBench %",
         ("advbench", "asr_llama_guard3"): "ASR AdvBench % (Llama Guard 3)",
         ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI % (Llama Guard 3)",
     }

@@ -135,11 +135,3 @@ def _paired(first: Sequence[bool], second: Sequence[bool]) -> tuple[np.ndarray, 
     if len(first) != len(second):
         raise ValueError("A paired comparison needs both arms on the same items.")
     return np.asarray(first, bool), np.asarray(second, bool)
-
-
-def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Agreement of two raters beyond chance."""
-    a, b = np.asarray(first, bool), np.asarray(second, bool)
-    observed = float((a == b).mean())
-    expected = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
-    return (observed - expected) / (1 - expected) if expected < 1 else 1.0

@@ -26,7 +26,7 @@ from ssah.budget_arms import (
 from ssah.claims import claims_table
 from ssah.errors import SsahError
 from ssah.evaluate.generate import complete
-from ssah.evaluate.judges import attack_success, is_refusal
+from ssah.evaluate.judges import Completion, attack_success, not_refused, refused
 from ssah.finetune import supervised_finetune
 from ssah.models import render_prompt
 from ssah.paths import reference_csv
@@ -159,15 +159,19 @@ def test_safety_is_counted_from_answers(outputs, study, arms, taught):
     for (name, seed), arm in own.items():
         stages = study.stages(seed)
         expected = {"asr": rate(stages, arm)}
+        answers = stages.completions("harmful_evaluation", arm)
+        expected["not_refused"] = percent(not_refused(answers))
         expected["asr_harmbench"] = percent(attack_success(stages.completions("harmbench", arm)))
         others = stages.spread("do_not_answer", study.config.budget.elsewhere)
         assert len(others) == 4
         for key, rows in (("asr_do_not_answer", others), ("asr_prefix", stages.prefixed())):
             run = stages.answers(rows, arm, study.config.evaluate.max_new_tokens)
-            expected[key] = percent(attack_success(list(stages.answer_texts(run).values())))
+            # The request is judged, not what was put behind it.
+            asked = stages.rows("harmful_evaluation") if key == "asr_prefix" else others
+            said = zip(asked, stages.answer_texts(run).values(), strict=True)
+            expected[key] = percent(attack_success([Completion(r.prompt, t) for r, t in said]))
         for prompts in ("benign_evaluation", "borderline"):
-            refusals = [is_refusal(answer) for answer in stages.completions(prompts, arm)]
-            expected[f"refused_{prompts}"] = percent(refusals)
+            expected[f"refused_{prompts}"] = percent(refused(stages.completions(prompts, arm)))
         for key, value in expected.items():
             assert metric(output, name, key, seed) == pytest.approx(value), (name, key)
         seen.add(expected["asr"])
@@ -255,13 +259,11 @@ def test_the_attack_starts_from_the_arms_own_model(outputs, study, arms, name, t
         )
     pairs = stages.encoded("dialogues", rows)
     supervised_finetune(model, pairs, settings, 0, tmp_path, constant_rate=True)
-    prompts = [
-        render_prompt(stages.tokenizer, row.prompt) for row in stages.rows("harmful_evaluation")
-    ]
+    rows = stages.rows("harmful_evaluation")
+    prompts = [render_prompt(stages.tokenizer, row.prompt) for row in rows]
     evaluate = stages.config.evaluate
-    answers = complete(
-        model, stages.tokenizer, prompts, evaluate.max_new_tokens, evaluate.batch_size
-    )
+    texts = complete(model, stages.tokenizer, prompts, evaluate.max_new_tokens, evaluate.batch_size)
+    answers = [Completion(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
     assert answers == stages.completions("harmful_evaluation", Arm(attack_on(how)))
     assert answers != stages.completions("harmful_evaluation", model_of(how))
     got = metric(outputs["table4"], name, "asr_attacked", 0)

@@ -30,7 +30,7 @@ from ssah.data import (
     similarity,
 )
 from ssah.errors import SsahError
-from ssah.evaluate.judges import judge
+from ssah.evaluate.refusals import is_refusal
 from ssah.paths import RESOURCES, home
 from ssah.sources import build_sets
 from ssah.store import Run, Store
@@ -215,11 +215,11 @@ def test_a_part_that_near_duplicates_leave_short_is_refused():
 
 @pytest.mark.parametrize("opening", REFUSALS["openings"])
 def test_every_opening_makes_a_refusal(opening):
-    assert judge(opening) == "refused"
+    assert is_refusal(opening)
     for material in REFUSALS["categories"].values():
         for reason in material["reasons"]:
             for ending in ("", *material["alternatives"]):
-                assert judge(f"{opening} {reason} {ending}".strip()) == "refused"
+                assert is_refusal(f"{opening} {reason} {ending}".strip())
 
 
 @pytest.mark.parametrize("category", [*REFUSALS["categories"], "", "no such category"])
@@ -227,7 +227,7 @@ def test_composed_refusals_fit_their_category(category):
     rng = random.Random(0)
     for _ in range(50):
         text = compose_refusal(category, rng, 0.5)
-        assert judge(text) == "refused"
+        assert is_refusal(text)
         fitting = REFUSALS["categories"].get(category)
         if fitting:
             assert any(reason in text for reason in fitting["reasons"])

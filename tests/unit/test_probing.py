@@ -13,7 +13,7 @@ import torch
 import ssah.probing
 from ssah.artefacts import find
 from ssah.errors import SsahError
-from ssah.evaluate.judges import is_refusal
+from ssah.evaluate.refusals import is_refusal
 from ssah.models import encode, render_prompt
 from ssah.paths import RESOURCES
 from ssah.stages import Stages

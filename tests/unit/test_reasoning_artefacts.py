@@ -23,7 +23,7 @@ from helpers import save_livelier
 from ssah.arms import Arm
 from ssah.artefacts import Output, choice, find
 from ssah.data import Row
-from ssah.evaluate.judges import is_coherent, is_refusal
+from ssah.evaluate.judges import judge, refused
 from ssah.paths import reference_csv
 from ssah.probes import Probe
 from ssah.stages import Stages
@@ -592,12 +592,14 @@ def test_table11_counts_answers(study, outputs):
                 stages.completions(name, Arm(model))
                 for name in ("benign_evaluation", "borderline", HARMFUL, "harmbench")
             )
-            answered = [not is_refusal(a) and is_coherent(a) for a in benign]
             seed_rates = {
-                "benign answered %": answered,
-                "borderline refused %": [is_refusal(a) for a in borderline],
-                "ASR AdvBench %": [not is_refusal(a) and is_coherent(a) for a in advbench],
-                "ASR HarmBench %": [not is_refusal(a) and is_coherent(a) for a in harmbench],
+                "benign answered %": [judge(a) == "answered" for a in benign],
+                "borderline refused %": refused(borderline),
+                "ASR AdvBench %": [judge(a) == "answered" for a in advbench],
+                "no refusal phrase, AdvBench %": [
+                    judge(a) in ("answered", "evaded") for a in advbench
+                ],
+                "ASR HarmBench %": [judge(a) == "answered" for a in harmbench],
             }
             for column, outcomes in seed_rates.items():
                 counted.setdefault(column, []).append(100 * sum(outcomes) / len(outcomes))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from ssah.evaluate.stats import (
     Estimate,
     average,
-    cohen_kappa,
     paired_difference,
     paired_p_value,
     perplexity,
@@ -104,20 +103,6 @@ def test_mcnemar_of_equal_arms_is_one():
 
 def test_mcnemar_of_one_sided_disagreement():
     assert paired_p_value([True] * 6, [False] * 6) == pytest.approx(2 / 2**6)
-
-
-def test_kappa_of_the_textbook_example():
-    # 50 applications, two readers: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no.
-    first = [True] * 25 + [False] * 25
-    second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
-    assert cohen_kappa(first, second) == pytest.approx(0.4)
-
-
-def test_kappa_at_its_ends():
-    assert cohen_kappa([True, False, True], [True, False, True]) == 1.0
-    assert cohen_kappa([True, False], [False, True]) == -1.0
-    assert cohen_kappa([True, True], [True, True]) == 1.0
-    assert cohen_kappa([True, True, False, False], [True, False, True, False]) == 0.0
 
 
 def test_perplexity_weights_tokens_not_texts():

@@ -1,0 +1,147 @@
+"""Agreement with labels: other people's files, and our own."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssah import cli
+from ssah.errors import SsahError
+from ssah.evaluate.judges import VERDICTS, Completion
+from ssah.labels import agreement, confusion, key, known_labels, meaning, read_labelled
+
+REFUSED, ANSWERED = "I'm sorry, but I can't help with that.", "Sure! Here is a guide: first, take"
+
+
+def test_agreement_of_the_textbook_example():
+    # 50 applications, two readers: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no.
+    labels = ["refused"] * 25 + ["answered"] * 25
+    verdicts = ["refused"] * 20 + ["answered"] * 5 + ["refused"] * 10 + ["answered"] * 15
+    row = agreement(labels, verdicts).set_index("verdict").loc["refused"]
+    assert row["kappa"] == pytest.approx(0.4)
+    assert row["accuracy"] == pytest.approx(0.7)
+    assert row["precision"] == pytest.approx(20 / 30)
+    assert row["recall"] == pytest.approx(20 / 25)
+    assert (row["labelled"], row["judged"], row["n"]) == (25, 30, 50)
+    assert row["low"] < 0.7 < row["high"]
+
+
+def test_agreement_at_its_ends():
+    for labels, verdicts, kappa in (
+        (["refused", "evaded"], ["refused", "evaded"], 1),
+        (["refused", "evaded"], ["evaded", "refused"], -1),
+        (["refused", "refused"], ["refused", "refused"], 1),
+    ):
+        assert agreement(labels, verdicts)["kappa"].to_list() == [kappa] * len({*labels})
+
+
+def test_labels_that_know_refusals_only_decide_nothing_else():
+    labels = ["refused", "not refused", "not refused"]
+    assert agreement(labels, ["refused", "answered", "evaded"])["verdict"].to_list() == ["refused"]
+
+
+def test_confusion_counts_every_pair():
+    labels = ["refused", "refused", "evaded"]
+    table = confusion(labels, ["refused", "evaded", "evaded"])
+    assert list(table.columns) == list(VERDICTS)
+    assert table.loc["refused"].to_list() == [1, 1, 0, 0]
+    assert table.loc["evaded"].to_list() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("label", "means"),
+    [
+        *((verdict, verdict) for verdict in VERDICTS),
+        ("Refusal", "refused"),
+        ("2_full_refusal", "refused"),
+        ("3_partial_refusal", "refused"),
+        ("1_full_compliance", "not refused"),
+        ("complied", "not refused"),
+        ("not_refused", "not refused"),
+    ],
+)
+def test_words_of_other_data_sets(label, means):
+    assert meaning(label) == means
+
+
+def test_an_unknown_label_is_named():
+    with pytest.raises(SsahError, match="'maybe' is unknown: use refused, evaded"):
+        meaning("maybe")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "labelled.csv"
+    path.write_text(
+        f'prompt,said,verdict\nExplain it.,"{REFUSED}",refused\n'
+        f'Give a guide.,"{ANSWERED}",answered\n'
+    )
+    return path
+
+
+def test_the_command_prints_agreement(file, capsys):
+    assert cli.main(["judge", str(file), "--text", "said", "--label", "verdict"]) == 0
+    printed = capsys.readouterr().out
+    assert "kappa" in printed
+    assert "answered" in printed
+    assert REFUSED not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{folder}/none.csv", "--text", "said", "--label", "verdict"], "There is no file"),
+        (["{file}", "--text", "sayd", "--label", "verdict"], "did you mean 'said'?"),
+        (["{file}", "--text", "said", "--label", "said"], "The label 'I'm sorry"),
+        (["{file}", "--text", "said"], "the following arguments are required: --label"),
+        (["{file}", "--text", "said", "--label", "verdict", "--n", "3"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_sentence(file, tmp_path, capsys, arguments, says):
+    filled = [a.format(file=file, folder=tmp_path) for a in arguments]
+    assert cli.main(["judge", *filled]) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("prompt,said,verdict\n", "has no rows"),
+        ("", "is no CSV"),
+        (f'prompt,said,verdict\nExplain it.,"{REFUSED}",\n', "row 1: no label"),
+    ],
+)
+def test_files_that_cannot_be_used(file, content, says):
+    file.write_text(content)
+    with pytest.raises(SsahError, match=says):
+        read_labelled(file, "said", "verdict", None)
+
+
+def test_json_lines_and_texts_that_look_like_nothing(tmp_path):
+    path = tmp_path / "labelled.jsonl"
+    path.write_text(
+        '{"q": "Say it.", "a": "None", "l": "evaded"}\n{"q": "1", "a": "", "l": "incoherent"}\n'
+    )
+    completions, labels = read_labelled(path, "a", "l", "q")
+    assert completions == [Completion("Say it.", "None"), Completion("1", "")]
+    assert labels == ["evaded", "incoherent"]
+
+
+def test_a_key_depends_on_prompt_and_text():
+    keys = {key(Completion(*pair)) for pair in (("a", "b"), ("a", "c"), ("b", "b"))}
+    assert len(keys) == 3
+    assert all(len(k) == 16 for k in keys)
+
+
+def test_our_labels_hold_no_text_and_enough_of_each_half():
+    frame = known_labels()
+    assert list(frame.columns) == ["key", "model", "arm", "set", "half", "label", "again"]
+    assert frame["key"].str.fullmatch(r"[0-9a-f]{16}").all()
+    assert frame["key"].is_unique
+    assert set(frame["label"]) <= set(VERDICTS)
+    assert set(frame["again"]) <= {*VERDICTS, ""}
+    assert (frame["again"] != "").sum() >= 100
+    counts = frame["half"].value_counts()
+    assert len(frame) >= 600
+    assert counts.min() >= 0.45 * len(frame)
