@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from .config import GROUPS, check_keys, suggestion, sweep_points
+from .config import GROUPS, check_keys, split_profile, suggestion, sweep_points
 from .errors import SsahError
 from .paths import home, results_root
 from .progress import show_progress
@@ -77,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if arguments[:1] == ["judge"]:
-        return _judge(arguments[1:])
-    if arguments[:1] == ["read"]:
-        return _read(arguments[1:])
+    if arguments[:1] in (["judge"], ["read"]):  # these have options of their own
+        from . import commands
+
+        return getattr(commands, arguments[0])(arguments[1:])
     flags = [a for a in arguments if a.startswith("-")]
     words = [a for a in arguments if "=" not in a and not a.startswith("-")]
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
@@ -91,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
     unknown = set(flags) - {"-m", "--multirun", "--fetch"}
     if unknown:
         raise SsahError(f"Unknown option {', '.join(sorted(unknown))}: see python -m ssah --help.")
-    profile, overrides = _split_profile(overrides)
+    profile, overrides = split_profile(overrides)
     show_progress()
     command = words[0]
     if command not in COMMANDS:
@@ -119,70 +117,6 @@ def _dispatch(arguments: list[str]) -> int:
         shutil.rmtree(home() / "runs", ignore_errors=True)
         print(f"Deleted {home() / 'runs'}.")
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """Bad words are one sentence, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SsahError(f"{self.prog}: {message}; see {self.prog} --help.")
-
-
-def _judge(arguments: list[str]) -> int:
-    """Agreement of the judges with somebody's labels, on standard output."""
-    parser = _Parser(prog="ssah judge", description="How the judges agree with labels.")
-    parser.add_argument("file", type=Path, help="CSV or JSONL with one completion a row")
-    parser.add_argument("--text", required=True, help="column of the completions")
-    words = "refused, evaded, answered, incoherent; or refusal and compliance"
-    parser.add_argument("--label", required=True, help=f"column of the labels: {words}")
-    parser.add_argument("--prompt", help="column of the prompts (default: prompt, if it exists)")
-    options = parser.parse_args(arguments)
-    from .labels import agreement, confusion, judged, read_labelled
-
-    completions, labels = read_labelled(options.file, options.text, options.label, options.prompt)
-    verdicts = judged(completions)
-    print(agreement(labels, verdicts).to_string(index=False, float_format="{:.3f}".format))
-    print()
-    print(confusion(labels, verdicts).to_string())
-    if not any(c.prompt for c in completions):
-        print("\nThere are no prompts, so answered and evaded cannot be told apart: name --prompt.")
-    return 0
-
-
-def _read(arguments: list[str]) -> int:
-    """Random completions with their verdicts, on a terminal only: they may be harmful."""
-    parser = _Parser(prog="ssah read", description="Random completions of an arm, with verdicts.")
-    parser.add_argument("arm", nargs="?", help="name of a headline arm; without one, all names")
-    parser.add_argument("overrides", nargs="*", help="profile=... and Hydra overrides")
-    parser.add_argument("--n", type=int, default=20, help="how many")
-    options = parser.parse_args(arguments)
-    if options.n < 1:
-        raise SsahError(f"--n {options.n}: at least one completion has to be read.")
-    words = [*([options.arm] if options.arm else []), *options.overrides]
-    overrides = [w for w in words if re.match(r"[\w./]+=", w)]
-    names = [w for w in words if w not in overrides]
-    check_keys(overrides)
-    profile, overrides = _split_profile(overrides)
-    from .evaluate.judges import judge, not_refused
-    from .reading import headline_arms, random_completions
-    from .study import Study
-
-    show_progress()
-    stages = Study(profile, overrides).all_stages[0]
-    if not names:
-        print("\n".join(headline_arms(stages)))
-        return 0
-    for completion in random_completions(stages, names[0], options.n):
-        phrase = "no refusal phrase" if not_refused([completion])[0] else "-"
-        print(f"[{judge(completion)}; {phrase}] {completion.prompt}\n    {completion.text}\n")
-    return 0
-
-
-def _split_profile(overrides: list[str]) -> tuple[str, list[str]]:
-    """The last profile that is named, and the other overrides."""
-    profiles = [o.split("=", 1)[1] for o in overrides if o.startswith("profile=")]
-    others = [o for o in overrides if not o.startswith("profile=")]
-    return (profiles[-1] if profiles else "laptop"), others
 
 
 def _artefacts(names: list[str], profile: str, overrides: list[str], *, sweep: bool) -> int:

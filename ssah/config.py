@@ -240,6 +240,13 @@ def compose(profile: str = "laptop", overrides: list[str] | None = None) -> Conf
     return config
 
 
+def split_profile(overrides: list[str]) -> tuple[str, list[str]]:
+    """The last profile that is named, and the other overrides."""
+    profiles = [o.split("=", 1)[1] for o in overrides if o.startswith("profile=")]
+    others = [o for o in overrides if not o.startswith("profile=")]
+    return (profiles[-1] if profiles else "laptop"), others
+
+
 def check_keys(overrides: list[str]) -> None:
     """Raise :class:`SsahError` for an override that sets nothing, naming the nearest key."""
     for override in overrides:

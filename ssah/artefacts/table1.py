@@ -226,8 +226,9 @@ def _table1_note(study: Study) -> str:
         "without one, whether or not it answers, which is what the paper measures. "
         "docs/judging.md says how both judges agree with labels. Perplexity: held-out answers "
         f"given their prompts, not WikiText. Utility: {utility}. Values are followed by 95 % "
-        "intervals (Wilson; bootstrap for perplexity), with several seeds or "
-        "draws the mean of each, and in brackets the smallest and largest. Random and magnitude controls have as many heads and "
+        "intervals (Wilson; bootstrap for perplexity), with several seeds or draws the mean of "
+        "each, and in brackets the smallest and largest. Random and magnitude controls have as "
+        "many heads and "
         "as many neurons, hence as many weights, as the group that they are named after."
         + _unmet_criteria(study)
     )
