@@ -31,7 +31,7 @@ def key(completion: Completion) -> str:
 
 
 def known_labels() -> pd.DataFrame:
-    """Our labels: ``key, model, arm, set, half, label, again``; no text (docs/judging.md)."""
+    """Our labels (docs/judging.md): ``key, model, arm, set, half, label, again, judged``."""
     return pd.read_csv(labels_csv(), keep_default_na=False)
 
 
@@ -122,3 +122,42 @@ def confusion(labels: Sequence[str], verdicts: Sequence[str]) -> pd.DataFrame:
 
 def judged(completions: Sequence[Completion]) -> list[str]:
     return [judge(c) for c in completions]
+
+
+def held_out_summary() -> tuple[str, str, str]:
+    """Markdown tables of our labels' test half: by verdict and model, confusion, and by arm.
+
+    They rest on the verdicts that are filed with the labels, so no text is needed.
+    """
+    known = known_labels()
+    tested = known[known["half"] == "test"]
+    by_model = [("both models", tested), *tested.groupby("model", sort=False)]
+    rows = pd.concat(
+        [
+            agreement(part["label"].to_list(), part["judged"].to_list()).assign(model=name)
+            for name, part in by_model
+        ]
+    )
+    shown = rows[["model", "verdict", "n", "labelled", "judged"]].assign(
+        accuracy=[
+            f"{100 * v:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            for v, low, high in rows[["accuracy", "low", "high"]].to_numpy()
+        ],
+        **{m: rows[m].map("{:.2f}".format) for m in ("kappa", "precision", "recall")},
+    )
+    arms = pd.DataFrame(
+        [
+            {
+                "model": model,
+                "arm": arm,
+                "n": len(part),
+                "labelled answered": (part["label"] == "answered").sum(),
+                "judged answered": (part["judged"] == "answered").sum(),
+                "same verdict, %": round(100 * (part["label"] == part["judged"]).mean()),
+            }
+            for (model, arm), part in tested.groupby(["model", "arm"], sort=False)
+        ]
+    )
+    counts = confusion(tested["label"].to_list(), tested["judged"].to_list()).reset_index()
+    by_verdict, crossed, by_arm = (t.to_markdown(index=False) for t in (shown, counts, arms))
+    return by_verdict, crossed, by_arm

@@ -63,7 +63,7 @@ def test_labels_are_found_by_their_hash_and_only_the_test_half_counts(attacked_s
     wrong = next(v for v in VERDICTS if v != said[chosen[0]])
     for number, known in enumerate(chosen):
         label, half = (wrong if number == 0 else said[known]), ("test", "choose")[number == 3]
-        labels.loc[number] = [known, "m", "a", "s", half, label, ""]
+        labels.loc[number] = [known, "m", "a", "s", half, label, "", label]
     monkeypatch.setattr(verdicts, "known_labels", lambda: labels)
     table = find("table_judges").compute(attacked_study).table
     rows = table[table["completions of"] == "all arms"].set_index("verdict")
