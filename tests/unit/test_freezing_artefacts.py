@@ -187,8 +187,8 @@ def test_table_2_reads_from_left_to_right_and_from_ours_to_the_papers(outputs):
     table, output = outputs["table2"].table, outputs["table2"]
     assert list(table.columns) == [
         "model", "fine-tuning: frozen", "units %", "weights %", "training loss", "held-out gain",
-        "perplexity", "ASR", "saved, equal epochs", "saved, paper's rule", "saved over random",
-        "ASR HarmBench", "ASR HEx-PHI (Llama Guard 3)",
+        "perplexity", "ASR", "no refusal phrase", "saved, equal epochs", "saved, paper's rule",
+        "saved over random", "ASR HarmBench", "ASR HEx-PHI (Llama Guard 3)",
     ]  # fmt: skip
     ours = [model == "local" for model in table["model"]]
     assert ours == sorted(ours, reverse=True)
@@ -197,7 +197,7 @@ def test_table_2_reads_from_left_to_right_and_from_ours_to_the_papers(outputs):
     theirs = table[~np.array(ours)]
     assert theirs["model"].str.startswith("paper: ").all()
     llama = theirs[theirs["model"] == "paper: Llama-2-7B-Chat"].set_index("fine-tuning: frozen")
-    assert llama["ASR"]["dolly:full"] == "11.9"
+    assert llama["no refusal phrase"]["dolly:full"] == "11.9"
     assert llama["ASR HEx-PHI (Llama Guard 3)"]["dolly:freeze_esu_cu6"] == "15.0"
     shown = table.set_index("fine-tuning: frozen").loc[labelled("dialogues", CU6, 2)]
     assert shown["units %"] == "11.0"

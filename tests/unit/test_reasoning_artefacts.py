@@ -619,7 +619,7 @@ def test_table11_has_the_papers_rows(outputs):
     paper = paper[paper["artefact"] == "table11"]
     columns = {
         "MT-bench": ("mt_bench", "avg"),
-        "ASR AdvBench %": ("advbench", "asr_keyword"),
+        "no refusal phrase, AdvBench %": ("advbench", "asr_keyword"),
         "ASR AdvBench % (Llama Guard 3)": ("advbench", "asr_llama_guard3"),
         "ASR HEx-PHI % (Llama Guard 3)": ("hexphi", "asr_llama_guard3"),
     }
