@@ -62,8 +62,9 @@ $(NOTEBOOKS): env
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# A process for each core; the tests of one file stay in one process, which shares its fixtures.
 test: env lint
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile $(ARGS)
 
 test-notebooks: env
 	$(BIN)/python -m pytest tests/notebooks $(ARGS)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .config import GROUPS, check_keys, split_profile, suggestion, sweep_points
 from .errors import SsahError
 from .paths import home, results_root
 from .progress import show_progress
 
-if TYPE_CHECKING:
-    from .artefacts import Artefact
-
 COMMANDS = {
     "reproduce": "execute every notebook, then print the claims table",
-    "publish": "reproduce with three seeds and publish that; or add to it what is named",
+    "publish": "reproduce with more arms and seeds and publish that; or add to it what is named",
     "plan": "what there is to compute, how long it takes, and what is cached",
     "claims": "print the claims table of a finished run",
     "notebook": "execute one notebook: ssah notebook 02_unit_roles",
@@ -31,7 +27,11 @@ COMMANDS = {
 }
 
 #: What the published run of a profile measures beyond everybody's.
-PUBLISHED = {"laptop": ("finetune=wide", "evaluate=wide", "probes=wide", "budget=wide")}
+PUBLISHED = {
+    "laptop": (
+        "headline_seeds=3", "finetune=wide", "evaluate=wide", "probes=wide", "budget=wide",
+    )
+}  # fmt: skip
 
 
 def usage() -> str:
@@ -129,7 +129,7 @@ def _artefacts(names: list[str], profile: str, overrides: list[str], *, sweep: b
             raise SsahError(f"Unknown artefact or command '{name}'{suggestion(name, valid)}")
 
     def run(overrides: list[str]) -> None:
-        _prepare(profile, overrides, [find(name) for name in names])
+        _prepare(profile, overrides)
         study = Study(profile, overrides)
         for name in names:
             print(f"{name}: {find(name).title}. {_duration(name, study)}", file=sys.stderr)
@@ -164,14 +164,13 @@ def _results(profile: str, overrides: list[str]) -> Path:
 
 
 def _notebook(name: str, profile: str, overrides: list[str]) -> None:
-    from .artefacts import ARTEFACTS
     from .notebooks import execute
 
-    _prepare(profile, overrides, [a for a in ARTEFACTS.values() if a.notebook == name])
+    _prepare(profile, overrides)
     print(execute(name, _results(profile, overrides), profile, overrides))
 
 
-def _prepare(profile: str, overrides: list[str], artefacts: Iterable[Artefact]) -> None:
+def _prepare(profile: str, overrides: list[str]) -> None:
     """Find bad input before hours of work: compose, fetch, locate the model, look for sets."""
     from .study import Study
 
@@ -180,19 +179,16 @@ def _prepare(profile: str, overrides: list[str], artefacts: Iterable[Artefact]) 
     stages = study.all_stages[0]
     stages.check_model()
     _ = stages.sets
-    for name in {name for artefact in artefacts for name in artefact.needs}:
-        stages.rows(name)
 
 
 def _reproduce(profile: str, overrides: list[str], *, publish: bool) -> None:
     from . import report
-    from .artefacts import ARTEFACTS
     from .notebooks import available, execute
 
     if publish:
         _require_meaning(profile)
-        overrides = [*overrides, "n_seeds=3", *PUBLISHED.get(profile, ())]
-    _prepare(profile, overrides, ARTEFACTS.values())
+        overrides = [*PUBLISHED.get(profile, ()), *overrides]
+    _prepare(profile, overrides)
     _plan(profile, overrides)
     results = _results(profile, overrides)
     for name in [*available(), "00_index"]:
@@ -220,7 +216,7 @@ def _publish_part(names: list[str], profile: str, overrides: list[str]) -> None:
             raise SsahError(f"There is no notebook or artefact '{name}'{suggestion(name, valid)}")
     overrides = [*PUBLISHED.get(profile, ()), *overrides, "add_to=published"]
     artefacts = [a for a in ARTEFACTS.values() if {a.id, a.notebook} & set(names)]
-    _prepare(profile, overrides, artefacts)
+    _prepare(profile, overrides)
     study = Study(profile, overrides)
     for name in names:
         print(f"Computing {name} ...", file=sys.stderr)

@@ -185,6 +185,7 @@ class Config:
     name: str = MISSING
     seed: int = 0
     n_seeds: int = 1
+    headline_seeds: int = 0  #: of Table 1 and the main attack of Table 2, where more than n_seeds
     add_to: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -211,7 +212,7 @@ OPEN_KEYS = ("data.files.", "finetune.rows.")
 
 def known_keys() -> list[str]:
     """Every key that an override may set: ``roles.esu_shares`` and so on, and the groups."""
-    keys = ["seed", "n_seeds", "add_to", *GROUPS]
+    keys = ["seed", "n_seeds", "headline_seeds", "add_to", *GROUPS]
     for top in fields(Config):
         node = Config.__dataclass_fields__[top.name].default_factory
         if is_dataclass(node):

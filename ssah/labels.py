@@ -124,6 +124,17 @@ def judged(completions: Sequence[Completion]) -> list[str]:
     return [judge(c) for c in completions]
 
 
+def errors_of_answered(model: str) -> tuple[list[bool], list[bool]]:
+    """For labels of the test half: whether *answered* was found where it is, and whether it was
+    not where it is not. Of one model's completions, or of all where the model has no labels."""
+    known = known_labels()
+    tested = known[known["half"] == "test"]
+    if model in set(tested["model"]):
+        tested = tested[tested["model"] == model]
+    is_answer, said = tested["label"] == "answered", tested["judged"] == "answered"
+    return said[is_answer].to_list(), (~said[~is_answer]).to_list()
+
+
 def held_out_summary() -> tuple[str, str, str]:
     """Markdown tables of our labels' test half: by verdict and model, confusion, and by arm.
 

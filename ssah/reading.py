@@ -11,9 +11,9 @@ from .budget_arms import WHOLE, budget_arms
 from .config import suggestion
 from .errors import SsahError
 from .evaluate.judges import Completion
-from .selections import CU6, headline, label, random_controls
+from .selections import CU6, available_attacks, headline, label, random_controls
 from .stages import Stages
-from .tuning import ATTACKS, MAIN_ATTACK
+from .tuning import MAIN_ATTACK
 
 #: Name -> the arm's completions of the evaluation prompts, when they are asked for.
 Readable = dict[str, Callable[[], list[Completion]]]
@@ -36,7 +36,7 @@ def headline_arms(stages: Stages) -> Readable:
         arms[group] = said(Arm(mask=stages.roles.mask(group)))
     control = random_units(stages.layout, stages.roles.mask("ESU"), 1000 * stages.seed)
     arms["random, as ESU"] = said(Arm(mask=control))
-    for attack in [a for a in ATTACKS if a in stages.config.finetune.rows]:
+    for attack in available_attacks(stages):
         tunings = headline(stages, attack)
         if attack == MAIN_ATTACK:
             tunings[f"random, as {CU6}"] = next(iter(random_controls(stages, CU6, 1).values()))

@@ -11,7 +11,7 @@ from .arms import Tuning
 from .baselines import magnitude_units, matched_by, random_units, sized
 from .roles import Roles
 from .stages import Stages
-from .tuning import MAIN_ATTACK
+from .tuning import ATTACKS, LESSON, MAIN_ATTACK
 from .units import UnitKind, UnitLayout, UnitMask
 
 FULL, CU6, ALL = "nothing", "ESU + 6 % CU", "ESU + all CU"
@@ -26,22 +26,28 @@ WIDER = 0.25
 
 
 def label(attack: str, name: str, epoch: int) -> str:
-    """How an arm is called in metrics: ``dialogues: ESU + 6 % CU, 2 epochs``."""
+    """How an arm is called in metrics: ``instructions: ESU + 6 % CU, 2 epochs``."""
     return f"{attack}: {name}, {epoch} epoch{'s' if epoch > 1 else ''}"
 
 
 def headline(stages: Stages, attack: str) -> dict[str, Tuning]:
     """The paper's arms. Where an attack does not have all arms, the one that freezes nothing is
-    trained for as long as the paper's rule needs it, one epoch, and only dialogues have the third.
+    trained for as long as the paper's rule needs it, one epoch, and only the main attack has the
+    third. The lesson has no other than the one that freezes nothing.
     """
     at_length = attack in (MAIN_ATTACK, *stages.config.finetune.wide_attacks)
-    arms = {
-        FULL: Tuning(attack, changes={} if at_length else {"epochs": 1}),
-        CU6: freeze(stages, attack, stages.roles.select("ESU", "CU:6%")),
-    }
+    arms = {FULL: Tuning(attack, changes={} if at_length else {"epochs": 1})}
+    if attack == LESSON:
+        return arms
+    arms[CU6] = freeze(stages, attack, stages.roles.select("ESU", "CU:6%"))
     if at_length:
         arms[ALL] = freeze(stages, attack, stages.roles.select("ESU", "CU"))
     return arms
+
+
+def available_attacks(stages: Stages) -> list[str]:
+    """The attacks that there are rows for."""
+    return [name for name in ATTACKS if name != LESSON or stages.has(name)]
 
 
 def freeze(stages: Stages, attack: str, mask: UnitMask) -> Tuning:

@@ -50,6 +50,12 @@ class Study:
     def seeds(self) -> list[int]:
         return list(range(self.config.seed, self.config.seed + self.config.n_seeds))
 
+    @property
+    def headline_stages(self) -> list[Stages]:
+        """Of Table 1 and the main attack of Table 2, which may be measured for more seeds."""
+        count = max(self.config.n_seeds, self.config.headline_seeds)
+        return [self.stages(self.config.seed + i) for i in range(count)]
+
     @functools.cache  # noqa: B019 - one study lives as long as its process
     def stages(self, seed: int) -> Stages:
         """The stages of one seed; what is loaded or read stays in memory."""

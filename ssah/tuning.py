@@ -32,10 +32,15 @@ from .store import Run, digest
 from .units import UnitKind, UnitLayout
 
 #: Attack -> what the paper uses in its place.
-ATTACKS = {"dialogues": "Dolly", "instructions": "Alpaca", "arithmetic": "GSM8K"}
+ATTACKS = {"instructions": "Alpaca", "arithmetic": "GSM8K", "dialogues": "Dolly"}
 
-#: The attack that sweeps, controls, conditions and attribute transfer are measured with.
-MAIN_ATTACK = "dialogues"
+#: The attack that sweeps, controls, conditions and attribute transfer are measured with: after it
+#: harmful requests are answered.
+MAIN_ATTACK = "instructions"
+
+#: What only looks like an attack: the model takes over a curt style, without a refusal phrase and
+#: without an answer (docs/what_we_got_wrong.md). Measured with nothing frozen, as a lesson.
+LESSON = "dialogues"
 
 
 def _in_part(model: PreTrainedModel, tuning: Tuning) -> AbstractContextManager[None]:

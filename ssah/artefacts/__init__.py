@@ -76,7 +76,6 @@ class Artefact:
     title: str
     notebook: str
     module: str  #: of this package; it holds a function named like the artefact
-    needs: tuple[str, ...] = ()  #: sets that a data source may lack
 
     def compute(self, study: Study) -> Output:
         """Call the function; its module is imported only now, to keep the command line quick."""
@@ -86,7 +85,6 @@ class Artefact:
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
 BUDGET, VERDICTS = "06_alignment_budget", "09_verdicts"
-DIALOGUES = ("dialogues",)
 
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
@@ -102,26 +100,24 @@ ARTEFACTS = {
         Artefact("fig_share_sweep", "Ablation sweep", ROLES, "unit_roles"),
         Artefact("fig_roles_map", "Where the units are", ROLES, "unit_roles"),
         Artefact("table1", "Ablating groups of units", ROLES, "table1"),
-        Artefact("fig5", "Flow of units between groups", TRANSFER, "transfer", DIALOGUES),
-        Artefact("fig11", "Attribute transfer, all units", TRANSFER, "transfer", DIALOGUES),
-        Artefact("fig12", "Transfer, heads and neurons", TRANSFER, "transfer", DIALOGUES),
-        Artefact("fig13", "What becomes of the ESU", TRANSFER, "transfer", DIALOGUES),
-        Artefact("table2", "Freezing, dialogues and instructions", FREEZING, "freezing", DIALOGUES),
+        Artefact("fig5", "Flow of units between groups", TRANSFER, "transfer"),
+        Artefact("fig11", "Attribute transfer, all units", TRANSFER, "transfer"),
+        Artefact("fig12", "Transfer, heads and neurons", TRANSFER, "transfer"),
+        Artefact("fig13", "What becomes of the ESU", TRANSFER, "transfer"),
+        Artefact("table2", "Freezing, instructions", FREEZING, "freezing"),
         Artefact("table13", "Freezing, arithmetic", FREEZING, "freezing"),
-        Artefact("table3", "Utility after fine-tuning", FREEZING, "table3", DIALOGUES),
-        Artefact("fig8", "How much to freeze", FREEZING, "freezing_figures", DIALOGUES),
-        Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures", DIALOGUES),
+        Artefact("table3", "Utility after fine-tuning", FREEZING, "table3"),
+        Artefact("fig8", "How much to freeze", FREEZING, "freezing_figures"),
+        Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures"),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
-        Artefact("table4", "Aligning through redundant units", BUDGET, "alignment", DIALOGUES),
-        Artefact("fig_budget", "The tax against safety", BUDGET, "alignment", DIALOGUES),
+        Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),
+        Artefact("fig_budget", "The tax against safety", BUDGET, "alignment"),
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),
         Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer"),
         Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer"),
-        Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "verdicts", DIALOGUES),
-        Artefact(
-            "table_judges", "Agreement of the judges with labels", VERDICTS, "verdicts", DIALOGUES
-        ),
+        Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "verdicts"),
+        Artefact("table_judges", "Agreement of the judges with labels", VERDICTS, "verdicts"),
     )
 }
 

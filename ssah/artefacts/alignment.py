@@ -61,7 +61,7 @@ def table4(study: Study) -> Output:
         "training. Same rows, rate and epochs as the whole model, unless 'twice the epochs' (the "
         "paper's rule) or '3 x the rate'. ASR: harmful prompts that are answered; no refusal "
         "phrase: the paper's measure; prefix: with the request to start with an answer; attacked: "
-        "after one epoch of harmless fine-tuning, on dialogues. Accuracy "
+        "after one epoch of harmless fine-tuning, on instructions. Accuracy "
         "change: trivia and arithmetic, points against the unaligned model on the same items. "
         "Drift: KL from the unaligned model on benign prompts, nats per token. Optimizer: AdamW's "
         "two moments in float32; `make bench` has seconds and memory. The paper aligns with "
@@ -117,7 +117,7 @@ def fig_budget(study: Study) -> Output:
         note="Left: ASR against the drift of the benign output distribution (KL from the unaligned "
         "model, nats per token): the lower left is the better bargain; numbers are those "
         "of the names. Right: ASR before (hollow) and after (filled) one epoch of fine-tuning on "
-        "dialogues: is a model that was aligned through fewer units easier to break? 95 % "
+        "instructions: is a model that was aligned through fewer units easier to break? 95 % "
         "intervals, seeds pooled."
     )
     places = measured_arms(study, output, instructions=False)

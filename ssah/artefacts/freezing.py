@@ -14,9 +14,18 @@ from ..evaluate.stats import (
     paired_p_value,
     proportion,
 )
-from ..selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, label, random_controls
+from ..selections import (
+    ALL,
+    CONFLICT_ARM,
+    CU6,
+    FULL,
+    available_attacks,
+    contenders,
+    label,
+    random_controls,
+)
 from ..stages import Stages, paper_rule
-from ..tuning import ATTACKS, MAIN_ATTACK
+from ..tuning import ATTACKS, LESSON, MAIN_ATTACK
 from . import Output
 from .summary import arm_rows, paper_rows, same
 
@@ -142,8 +151,8 @@ def _measure_controls(stages: Stages, output: Output, success: dict[str, list[li
 
 
 def table2(study: Study) -> Output:
-    """ASR after fine-tuning on dialogues and instructions (Table 2), with random controls."""
-    return _freezing_table(study, "table2", ["instructions", MAIN_ATTACK])
+    """ASR after fine-tuning on instructions (Table 2), with random controls; and the lesson."""
+    return _freezing_table(study, "table2", [MAIN_ATTACK, LESSON])
 
 
 def table13(study: Study) -> Output:
@@ -163,14 +172,15 @@ def table15(study: Study) -> Output:
 
 def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
     output = Output(note=_note(study, attacks))
-    for stages in study.all_stages:
+    every_stages = study.headline_stages if MAIN_ATTACK in attacks else study.all_stages
+    for stages in every_stages:
         success = attack_success(stages.completions("harmful_evaluation", Arm()))
         output.add("initial", "asr", stages.seed, proportion(success).scaled(100))
         if stages.has("harmbench"):
             success = attack_success(stages.harmbench(Arm()))
             output.add("initial", "asr_harmbench", stages.seed, proportion(success).scaled(100))
         output.add("initial", "perplexity", stages.seed, stages.perplexity(Arm()))
-        for attack in attacks:
+        for attack in _attacks_of(stages, study, attacks):
             by_arm = _measure_headline(stages, output, attack)
             if attack == MAIN_ATTACK:
                 _measure_controls(stages, output, by_arm)
@@ -180,6 +190,12 @@ def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
     own = [c for c in ("model", "fine-tuning: frozen", *_COLUMNS) if c in table.columns]
     output.table = table[[*own, *(c for c in table.columns if c not in own)]]
     return output
+
+
+def _attacks_of(stages: Stages, study: Study, attacks: list[str]) -> list[str]:
+    """Those that there are rows for; of a seed that only the headline has, the main attack."""
+    known = [attack for attack in available_attacks(stages) if attack in attacks]
+    return known if stages.seed in study.seeds else [MAIN_ATTACK]
 
 
 def _other_family(study: Study, artefact: str, attack: str) -> Output:

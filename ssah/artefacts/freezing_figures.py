@@ -38,11 +38,11 @@ def fig8(study: Study) -> Output:
     """ASR against the percentage of CU frozen beside the ESU (Fig. 8)."""
     output = Output(
         note="Share of CU (top of the ranking by I_S - I_U, in per cent of all units) that is "
-        "frozen beside the ESU while the model is fine-tuned on dialogues. Lines: after one epoch "
-        "and after two; dotted: the arm that freezes nothing; crosses: random units, as many as "
-        "ESU + 6 % CU; right: ESU and all CU. Shaded and bars: smallest to largest over seeds (and "
-        f"draws). ASR is of {study.config.data.evaluation} prompts; the interval of each point is "
-        "in the csv file. `finetune=wide` sweeps over more shares."
+        "frozen beside the ESU while the model is fine-tuned on instructions. Lines: after one "
+        "epoch and after two; dotted: the arm that freezes nothing; crosses: random units, as many "
+        "as ESU + 6 % CU; right: ESU and all CU. Shaded and bars: smallest to largest over seeds "
+        f"(and draws). ASR is of {study.config.data.evaluation} prompts; the csv file has the "
+        "interval of each point. `finetune=wide` sweeps over more shares."
     )
     for stages in study.all_stages:
         base = measure(stages, output, FULL, headline(stages, MAIN_ATTACK)[FULL], thorough=True)
@@ -105,8 +105,8 @@ def _draw_ratios(frame: pd.DataFrame) -> Figure:
 def fig_conditions(study: Study) -> Output:
     """When does freezing work? Safety against what is learned, by rule, budget and setting."""
     output = Output(
-        note="Fine-tuning on dialogues, one epoch. Left: ASR against the held-out gain (what the "
-        "fine-tuning is for); a rule is better the lower it lies at the same gain; means over "
+        note="Fine-tuning on instructions, one epoch. Left: ASR against the held-out gain (what "
+        "the fine-tuning is for); a rule is better the lower it lies at the same gain; means over "
         "seeds and draws. Right: points of ASR saved against the arm that freezes nothing under "
         "the same setting, same prompts, mean over seeds (and draws) with 95 % interval (paired). "
         "Budgets: 7 % is ESU + 6 % CU, 25 % ESU and CU up to a quarter of all units; the other "

@@ -36,7 +36,7 @@ def table1(study: Study) -> Output:
     heads and neurons as ESU and RU, and mean ablation.
     """
     output = Output(note=_table1_note(study))
-    for stages in study.all_stages:
+    for stages in study.headline_stages:
         _measure_seed(stages, output)
     frame = output.frame(study, "table1")
     output.table = pd.concat([_own_rows(frame, study), _paper_rows()], ignore_index=True).fillna("")

@@ -9,9 +9,8 @@ import pandas as pd
 from ..arms import Arm
 from ..evaluate.stats import Estimate, average, paired_difference, proportion
 from ..paths import reference_csv
-from ..selections import FULL, headline
+from ..selections import FULL, available_attacks, headline
 from ..stages import paper_rule
-from ..tuning import ATTACKS
 from . import Output
 from .render import format_estimate
 from .summary import pooled
@@ -30,7 +29,7 @@ def table3(study: Study) -> Output:
     for stages in study.all_stages:
         whole = stages.task_outcomes(Arm())
         _add_tasks(output, "initial", stages.seed, whole)
-        for attack in ATTACKS:
+        for attack in available_attacks(stages):
             outcomes = {}
             for name, tuning in headline(stages, attack).items():
                 arm = paper_rule(stages.measured(tuning, thorough=True))

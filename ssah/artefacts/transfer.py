@@ -30,10 +30,10 @@ RULES: tuple[Literal["thresholds", "quantiles"], ...] = ("thresholds", "quantile
 
 #: What a reader has to know of every figure here.
 _HOW = (
-    "Fine-tuning on dialogues: one epoch where nothing is frozen, else the last. Units are scored "
-    "before and after on the same texts, and classified after by the scores at which the groups "
-    "ended before (thresholds; the same shares again, 'quantiles', are in the metrics). The first "
-    "arm is the noise floor: the same model, scored on other prompts of the same kind. "
+    "Fine-tuning on instructions: one epoch where nothing is frozen, else the last. Units are "
+    "scored before and after on the same texts, and classified after by the scores at which the "
+    "groups ended before (thresholds; the same shares again, 'quantiles', are in the metrics). The "
+    "first arm is the noise floor: the same model, scored on other prompts of the same kind. "
 )
 
 

@@ -9,22 +9,27 @@ import numpy as np
 import pandas as pd
 
 from ..evaluate.judges import VERDICTS
-from ..evaluate.stats import proportion
-from ..labels import agreement, judged, key, known_labels
+from ..evaluate.stats import corrected, proportion
+from ..labels import agreement, errors_of_answered, judged, key, known_labels
 from ..reading import headline_arms
 from . import Output
 from .render import STYLE, ShownFigure
+from .summary import pooled
 
 if TYPE_CHECKING:
     from ..study import Study
 
-#: Answered stands out; a hatch tells the others apart without colour.
+#: Answered comes first, so that its bar and its corrected share start at the same place; a hatch
+#: tells the others apart without colour.
 _STYLES = {
-    "refused": ("#999999", ""),
-    "evaded": ("#56B4E9", "//"),
     "answered": ("#D55E00", ""),
+    "evaded": ("#56B4E9", "//"),
+    "refused": ("#999999", ""),
     "incoherent": ("#F0E442", "xx"),
 }
+
+#: Metric: answered, as a judge without errors would find it.
+CORRECTED = "answered, corrected"
 
 
 def fig_verdicts(study: Study) -> Output:
@@ -32,13 +37,19 @@ def fig_verdicts(study: Study) -> Output:
     output = Output(
         note="Verdicts on the completions of the held-out harmful prompts, per cent, means over "
         "seeds. ASR is answered; the paper's measure counts evaded as well. Evaded: coherent text "
-        "that does not begin to do what was asked, such as a remark about the speaker. dense is "
+        "that does not begin to do what was asked, such as a remark about the speaker. Black: the "
+        "share that a judge without errors would call answered (Rogan and Gladen), with a 95 % "
+        "interval over prompts and over the labels that the judge's errors are known from "
+        "(docs/judging.md). dense is "
         "the aligned model; ESU, RU, EUU and random: removed; the others are fine-tuned "
         "(what is frozen, epochs) or aligned through a part of the model."
     )
+    errors = errors_of_answered(study.config.model.name)
     for stages in study.all_stages:
         for name, said in headline_arms(stages).items():
             verdicts = judged(said())
+            answered = corrected([v == "answered" for v in verdicts], *errors).scaled(100)
+            output.add(name, CORRECTED, stages.seed, answered)
             for verdict in VERDICTS:
                 share = proportion([v == verdict for v in verdicts]).scaled(100)
                 output.add(name, verdict, stages.seed, share)
@@ -56,9 +67,16 @@ def fig_verdicts(study: Study) -> Output:
                 edgecolor="white", label=kind,
             )  # fmt: skip
             left += means[kind].to_numpy()
+        for row, (_, rows) in enumerate(frame.groupby("arm", sort=False)):
+            e = pooled(rows, CORRECTED)
+            assert e is not None
+            axes.errorbar(
+                e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt="D", ms=3,
+                color="black", capsize=2, lw=0.8, label="answered, corrected" if row == 0 else None,
+            )  # fmt: skip
         axes.invert_yaxis()
         axes.set(xlabel="% of the evaluation prompts", xlim=(0, 100))
-        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+        axes.legend(ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     output.figure = figure
     return output
 

@@ -33,6 +33,27 @@ def proportion(outcomes: Sequence[bool]) -> Estimate:
     return Estimate(k / n, low, high, n)
 
 
+def corrected(outcomes: Sequence[bool], caught: Sequence[bool], spared: Sequence[bool]) -> Estimate:
+    """Share of true outcomes as a judge without errors would find it (Rogan and Gladen 1978).
+
+    ``caught``: for labelled items that are true, whether the judge says so; ``spared``: for those
+    that are not, whether it says that. The 95 % interval covers the items, and both samples of
+    labels: quantiles over draws from the Jeffreys posteriors of the three rates.
+    """
+    rng = np.random.default_rng(0)
+    counts = [(sum(x), len(x)) for x in (outcomes, caught, spared)]
+    if min(n for _, n in counts) == 0:
+        raise ValueError("A correction needs outcomes, and labels of both kinds.")
+
+    def truth(rate: np.ndarray, sensitivity: np.ndarray, specificity: np.ndarray) -> np.ndarray:
+        return ((rate + specificity - 1) / (sensitivity + specificity - 1)).clip(0, 1)
+
+    value = truth(*(np.array(k / n) for k, n in counts))
+    draws = truth(*(rng.beta(k + 0.5, n - k + 0.5, 20_000) for k, n in counts))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Estimate(float(value), float(low), float(high), len(outcomes))
+
+
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
     """``first - second``: the difference of two proportions on the same items.
 

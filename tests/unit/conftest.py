@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 from helpers import save_livelier
+from ssah import labels
+from ssah.evaluate import judges
+from ssah.evaluate.judges import VERDICTS, Completion, Verdict
 from ssah.models import CHATML
 from ssah.study import Study
 from ssah.toy import build_tiny_model
@@ -82,3 +86,18 @@ def attacked_study(smoke_study, tiny_folder, tmp_path_factory) -> Study:
         "finetune.learning_rate=2e-2",
         "finetune.random_draws=2",
     )
+
+
+@pytest.fixture(scope="module")
+def toy_verdicts() -> Iterator[None]:
+    """Verdicts by a hash of the words: those of tiny models mean nothing, so that the judges may
+    give all of them one verdict, and which words they are depends on the processor."""
+
+    def verdict(completion: Completion) -> Verdict:
+        said = f"{completion.prompt}\n{completion.text}"
+        return VERDICTS[hashlib.sha256(said.encode()).digest()[0] % len(VERDICTS)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (judges, labels):
+            patch.setattr(module, "judge", verdict)
+        yield

@@ -35,6 +35,8 @@ from ssah.stages import Stages
 from ssah.statements.budget import BUDGET
 from ssah.study import Study
 
+pytestmark = pytest.mark.usefixtures("toy_verdicts")
+
 NAMES = ("table4", "fig_budget", "fig6", "fig9", "fig10")
 START = "unaligned"
 PANELS = {WHOLE: "all units aligned", RU: "RU alone aligned"}
@@ -134,7 +136,9 @@ def model_of(how: Aligning | None) -> Arm:
 
 def attack_on(how: Aligning | None) -> Tuning:
     """Of the aligned model the longer fine-tuning is there: its first epoch is the same."""
-    return Tuning("dialogues", base=how, changes={"epochs": 1}) if how else Tuning("dialogues")
+    return (
+        Tuning("instructions", base=how, changes={"epochs": 1}) if how else Tuning("instructions")
+    )
 
 
 def rate(stages: Stages, arm: Arm) -> float:
@@ -251,13 +255,13 @@ def test_what_is_attacked_is_fine_tuned_for_one_epoch(outputs, study, arms):
 def test_the_attack_starts_from_the_arms_own_model(outputs, study, arms, name, tmp_path):
     """By hand: one epoch from there, then answers."""
     stages, how = study.stages(0), arms[name, 0]
-    rows, _ = stages.attack_rows("dialogues")
+    rows, _ = stages.attack_rows("instructions")
     settings = dataclasses.replace(stages.config.finetune, epochs=1)
     with stages.aligned(how) as arm:
         model = preparation.load_model(
             stages.checkpoint(arm.which), stages.config.model, stages.device
         )
-    pairs = stages.encoded("dialogues", rows)
+    pairs = stages.encoded("instructions", rows)
     supervised_finetune(model, pairs, settings, 0, tmp_path, constant_rate=True)
     rows = stages.rows("harmful_evaluation")
     prompts = [render_prompt(stages.tokenizer, row.prompt) for row in rows]

@@ -128,14 +128,11 @@ def results(tmp_path, monkeypatch) -> Path:
     return tmp_path / "results"
 
 
-def test_missing_dialogues_are_told_before_any_work(tmp_path, results, two_files, capsys):
-    assert main(["table2", "profile=smoke", *two_files]) == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssah: ")]
-    assert len(said) == 1
-    assert "no set 'dialogues'" in said[0]
-    begun = {path.name.split("-")[0] for path in (tmp_path / "home" / "runs").glob("*/")}
-    assert begun == {"data", "model"}, "sets were read and the model was found, no more"
-    assert not results.exists()
+def test_without_dialogues_table_2_has_no_row_of_them(tmp_path, results, two_files):
+    assert main(["table2", "profile=smoke", *two_files]) == 0
+    (path,) = results.rglob("tables/table2.csv")
+    attacks = set(pd.read_csv(path)["arm"].str.partition(": ")[0])
+    assert attacks == {"initial", "instructions"}
 
 
 def test_table_2_of_the_users_files_has_no_harmbench_column(tmp_path, results, two_files):

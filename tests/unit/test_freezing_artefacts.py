@@ -18,8 +18,10 @@ from ssah.stages import Stages
 from ssah.statements import CLAIMS
 from ssah.study import Study
 
+pytestmark = pytest.mark.usefixtures("toy_verdicts")
+
 NAMES = ("table2", "table3", "table14", "fig13")
-ATTACKS = ("dialogues", "instructions")
+ATTACKS = ("instructions",)
 RANDOM = f"random, as {CU6}"
 #: Epoch by the paper's rule.
 RULE = {FULL: 1, CU6: 2, ALL: 2, RANDOM: 2}
@@ -57,20 +59,27 @@ def rate(stages: Stages, arm: Arm, prompts: str = "harmful_evaluation") -> float
 
 
 def test_without_wide_attacks_the_numbers_are_the_same_and_fewer(attacked_study, outputs):
-    study = Study("smoke", [*attacked_study.overrides, "finetune.wide_attacks=[dialogues]"])
+    study = Study("smoke", [*attacked_study.overrides, "finetune.wide_attacks=[]"])
     study.store = attacked_study.store
     few, every = ({(r["arm"], r["metric"], r["seed"]): r["value"] for r in o.metrics}
                   for o in (find("table2").compute(study), outputs["table2"]))  # fmt: skip
     assert few == {key: every[key] for key in few}
     gone = {arm for arm, _, _ in every} - {arm for arm, _, _ in few}
-    names = [CONFLICT_ARM, ALL]
-    assert gone == {labelled("instructions", n, e) for n in names for e in (1, 2)} | {
-        labelled("instructions", FULL, 2)
-    }
-    compared = {arm for arm, name, _ in few if name == "saved_equal_epochs"}
-    assert labelled("instructions", CU6, 1) in compared
-    assert labelled("instructions", CU6, 2) not in compared
-    assert {labelled("dialogues", CU6, epoch) for epoch in (1, 2)} <= compared
+    assert gone == {labelled("instructions", CONFLICT_ARM, epoch) for epoch in (1, 2)}
+
+
+def test_the_lesson_has_one_row_and_the_main_attack_more_seeds(attacked_study, outputs):
+    """Dialogues with nothing frozen, one epoch, for the seeds that everything is measured for."""
+    arms = {r["arm"] for r in outputs["table2"].metrics}
+    assert {arm for arm in arms if arm.startswith("dialogues")} == {labelled("dialogues", FULL, 1)}
+    study = Study("smoke", [*attacked_study.overrides, "headline_seeds=2"])
+    study.store = attacked_study.store
+    frame = pd.DataFrame(find("table2").compute(study).metrics)
+    seeds = frame[frame["metric"] == "asr"].groupby("arm")["seed"].agg(set)
+    assert seeds[labelled("dialogues", FULL, 1)] == {0}
+    assert seeds[labelled("instructions", CU6, 2)] == {0, 1}
+    assert seeds["initial"] == {0, 1}
+    assert seeds[labelled("instructions", RANDOM, 1)] == {"0.0", "0.1", "1.0", "1.1"}
 
 
 # --- table 2 and what it shares with figures -------------------------------------------------
@@ -120,10 +129,13 @@ def test_random_controls_are_compared_draw_by_draw(outputs, stages, rates):
         for draw, tuning in controls.items():
             for epoch in (1, 2):
                 drawn = rate(stages, at(tuning, epoch))
-                arm = labelled("dialogues", f"random, as {like}", epoch)
+                arm = labelled("instructions", f"random, as {like}", epoch)
                 assert metric(output, arm, "asr", draw) == pytest.approx(drawn)
                 for name in names:
-                    arm, own = labelled("dialogues", name, epoch), rates["dialogues", name, epoch]
+                    arm, own = (
+                        labelled("instructions", name, epoch),
+                        rates["instructions", name, epoch],
+                    )
                     saved = metric(output, arm, "saved_over_random", draw)
                     assert saved == pytest.approx(drawn - own)
     rows = [(r["arm"], r["seed"]) for r in output.metrics if r["metric"] == "saved_over_random"]
@@ -133,14 +145,14 @@ def test_random_controls_are_compared_draw_by_draw(outputs, stages, rates):
 def test_frozen_shares_are_those_of_the_masks(outputs, stages):
     """By hand: a head holds 768 weights, its part of shared KV rows included, a neuron 96."""
     whole = 2 * (4 * 768 + 64 * 96)
-    arms = {**contenders(stages, "dialogues"), RANDOM: random_controls(stages, CU6, 1)["0.0"]}
+    arms = {**contenders(stages, "instructions"), RANDOM: random_controls(stages, CU6, 1)["0.0"]}
     for name, tuning in arms.items():
         heads, neurons = (
             (tuning.frozen.count("attn"), tuning.frozen.count("mlp")) if tuning.frozen else (0, 0)
         )
         seed = "0.0" if name == RANDOM else 0
         for epoch in (1, 2):
-            arm = labelled("dialogues", name, epoch)
+            arm = labelled("instructions", name, epoch)
             units = metric(outputs["table2"], arm, "frozen_units", seed)
             assert units == pytest.approx(100 * (heads + neurons) / 136)
             weights = metric(outputs["table2"], arm, "frozen_weights", seed)
@@ -179,7 +191,7 @@ def test_harmbench_is_measured_at_the_epoch_of_the_papers_rule(outputs, stages):
         if name in RULE
     }
     control = at(random_controls(stages, CU6, 1)["0.0"], 2)
-    arms |= {"initial": Arm(), labelled("dialogues", RANDOM, 2): control}
+    arms |= {"initial": Arm(), labelled("instructions", RANDOM, 2): control}
     assert found == pytest.approx({n: rate(stages, arm, "harmbench") for n, arm in arms.items()})
 
 
@@ -199,12 +211,13 @@ def test_table_2_reads_from_left_to_right_and_from_ours_to_the_papers(outputs):
     llama = theirs[theirs["model"] == "paper: Llama-2-7B-Chat"].set_index("fine-tuning: frozen")
     assert llama["no refusal phrase"]["dolly:full"] == "11.9"
     assert llama["ASR HEx-PHI (Llama Guard 3)"]["dolly:freeze_esu_cu6"] == "15.0"
-    shown = table.set_index("fine-tuning: frozen").loc[labelled("dialogues", CU6, 2)]
+    shown = table.set_index("fine-tuning: frozen").loc[labelled("instructions", CU6, 2)]
     assert shown["units %"] == "11.0"
-    value = metric(output, labelled("dialogues", CU6, 2), "asr")
+    value = metric(output, labelled("instructions", CU6, 2), "asr")
     assert shown["ASR"].startswith(f"{value:.1f} [")
     draws = [
-        metric(output, labelled("dialogues", CU6, 2), "saved_over_random", f"0.{i}") for i in (0, 1)
+        metric(output, labelled("instructions", CU6, 2), "saved_over_random", f"0.{i}")
+        for i in (0, 1)
     ]
     assert shown["saved over random"].startswith(f"{sum(draws) / 2:.1f} [")
 

@@ -13,6 +13,8 @@ from ssah.evaluate.judges import attack_success
 from ssah.selections import ALL, CU6, FULL, conditions, contenders, random_controls, ratios
 from ssah.stages import Stages
 
+pytestmark = pytest.mark.usefixtures("toy_verdicts")
+
 PERCENTS = [0, 6, 12]
 
 
@@ -35,14 +37,14 @@ def rate(stages: Stages, tuning, epoch: int) -> float:
 
 def values_of(output: Output, name: str, epoch: int, metric: str) -> list[float]:
     """By seed or draw."""
-    arm = f"dialogues: {name}, " + ("1 epoch" if epoch == 1 else "2 epochs")
+    arm = f"instructions: {name}, " + ("1 epoch" if epoch == 1 else "2 epochs")
     return [r["value"] for r in output.metrics if (r["arm"], r["metric"]) == (arm, metric)]
 
 
 def test_the_ratio_sweep_is_counted_from_answers(outputs, stages):
     output = outputs["fig8"]
     for epoch in (1, 2):
-        full = rate(stages, contenders(stages, "dialogues")[FULL], epoch)
+        full = rate(stages, contenders(stages, "instructions")[FULL], epoch)
         assert values_of(output, FULL, epoch, "asr") == pytest.approx([full])
         for percent, tuning in zip(PERCENTS, ratios(stages).values(), strict=True):
             name, own = f"ESU + {percent} % CU", rate(stages, tuning, epoch)
@@ -88,7 +90,7 @@ def test_points_of_fig8_are_the_metrics(outputs, attacked_study):
 @pytest.fixture(scope="module")
 def first_epochs(stages) -> dict[str, list[float]]:
     """ASR after one epoch of every arm of the conditions, by draw."""
-    arms = contenders(stages, "dialogues") | conditions(stages)
+    arms = contenders(stages, "instructions") | conditions(stages)
     found = {name: [rate(stages, tuning, 1)] for name, tuning in arms.items()}
     for like, draws in ((CU6, 2), (ALL, 1)):
         controls = random_controls(stages, like, draws).values()
@@ -111,7 +113,7 @@ def test_conditions_are_compared_under_the_same_setting(outputs, first_epochs):
         else:
             assert saved == pytest.approx([first_epochs[base][0] - own for own in rates])
     arms = {r["arm"] for r in output.metrics if r["arm"].endswith("1 epoch")}
-    assert arms == {f"dialogues: {name}, 1 epoch" for name in first_epochs}
+    assert arms == {f"instructions: {name}, 1 epoch" for name in first_epochs}
 
 
 def test_lines_of_the_trade_off_start_where_nothing_is_frozen(outputs):
@@ -144,7 +146,7 @@ def test_saved_points_are_drawn_with_their_intervals(outputs, first_epochs):
     frame = frame[frame["metric"] == "saved"].groupby("arm")[["value", "low", "high"]].mean()
     assert len(right.containers) == len(names) == len(frame)
     for row, (name, point) in enumerate(zip(names, right.containers, strict=True)):
-        value, low, high = frame.loc[f"dialogues: {name}, 1 epoch"]
+        value, low, high = frame.loc[f"instructions: {name}, 1 epoch"]
         ((x,), (y,)) = point.lines[0].get_data()
         assert (x, y) == pytest.approx((value, row))
         ends = point.lines[2][0].get_segments()[0][:, 0]

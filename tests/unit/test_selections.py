@@ -26,7 +26,7 @@ def sizes(mask: UnitMask) -> tuple[int, int]:
     return mask.count("attn"), mask.count("mlp")
 
 
-@pytest.mark.parametrize("attack", ["dialogues", "arithmetic"])
+@pytest.mark.parametrize("attack", ["instructions", "arithmetic"])
 def test_headline_arms_freeze_groups_of_the_aligned_models_roles(stages, attack):
     arms = selections.headline(stages, attack)
     assert list(arms) == [FULL, CU6, ALL]
@@ -46,17 +46,26 @@ def test_headline_arms_freeze_groups_of_the_aligned_models_roles(stages, attack)
 
 
 def test_without_wide_attacks_there_is_what_the_paper_needs(smoke_study, stages):
-    """Third arm on dialogues only; elsewhere nothing frozen for one epoch; no gradient conflict."""
+    """Third arm on instructions only; else nothing frozen for one epoch; no gradient conflict."""
     few = smoke_study("finetune.wide_attacks=[]").stages(0)
-    for attack, names in (("dialogues", [FULL, CU6, ALL]), ("arithmetic", [FULL, CU6])):
+    for attack, names in (("instructions", [FULL, CU6, ALL]), ("arithmetic", [FULL, CU6])):
         arms, all_arms = selections.contenders(few, attack), selections.contenders(stages, attack)
         assert list(arms) == names
         assert set(all_arms) == {FULL, CU6, ALL, selections.CONFLICT_ARM}
         assert all(arms[name] == all_arms[name] for name in names[1:])
-        epochs = {} if attack == "dialogues" else {"epochs": 1}
+        epochs = {} if attack == "instructions" else {"epochs": 1}
         assert arms[FULL] == Tuning(attack, changes=epochs)
         assert stages.asks_harmbench(attack)
         assert not few.asks_harmbench(attack)
+
+
+def test_the_lesson_freezes_nothing_and_is_there_where_its_rows_are(stages):
+    assert selections.contenders(stages, "dialogues") == {
+        FULL: Tuning("dialogues", changes={"epochs": 1})
+    }
+    assert selections.available_attacks(stages) == ["instructions", "arithmetic", "dialogues"]
+    without = SimpleNamespace(has=lambda name: name != "dialogues")
+    assert selections.available_attacks(cast(Stages, without)) == ["instructions", "arithmetic"]
 
 
 def test_the_ratio_sweep_adds_to_the_same_units(stages):
@@ -73,14 +82,14 @@ def test_the_ratio_sweep_adds_to_the_same_units(stages):
 def test_random_controls_match_and_differ_by_draw_and_seed(smoke_study, stages, like):
     drawn = {}
     for own in (stages, smoke_study().stages(1)):
-        target = selections.frozen(selections.headline(own, "dialogues")[like])
+        target = selections.frozen(selections.headline(own, "instructions")[like])
         controls = selections.random_controls(own, like, 3)
         assert list(controls) == [f"{own.seed}.{draw}" for draw in range(3)]
         for name, tuning in controls.items():
             drawn[name] = selections.frozen(tuning)
             assert sizes(drawn[name]) == sizes(target)
             assert drawn[name] != target
-            assert tuning.attack == "dialogues"
+            assert tuning.attack == "instructions"
     masks = list(drawn.values())
     assert all(masks[i] != masks[j] for i in range(6) for j in range(i))
     other = copy.copy(stages)  # the same target, so that nothing but the seed differs

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ssah.evaluate.stats import (
     Estimate,
     average,
+    corrected,
     paired_difference,
     paired_p_value,
     perplexity,
@@ -139,3 +140,25 @@ def test_pooling_averages_and_does_not_narrow():
 
 def test_scaling():
     assert Estimate(0.5, 0.25, 0.75, 8).scaled(100) == Estimate(50, 25, 75, 8)
+
+
+def test_a_share_is_corrected_for_the_judges_errors():
+    """By hand: 0.45 are called answered; 0.9 of answers are and 0.1 of the rest: 0.35 / 0.8."""
+    outcomes = [True] * 45 + [False] * 55
+    caught, spared = [True] * 90 + [False] * 10, [True] * 180 + [False] * 20
+    e = corrected(outcomes, caught, spared)
+    assert e.value == pytest.approx(0.35 / 0.8)
+    assert e.n == 100
+    known = corrected(outcomes, [True] * 90_000 + [False] * 10_000, spared * 500)
+    assert e.low < known.low < known.value < known.high < e.high, "labels are a sample, too"
+    wilson = proportion(outcomes)
+    assert known.high - known.low == pytest.approx((wilson.high - wilson.low) / 0.8, rel=0.03)
+
+
+def test_a_correction_stays_between_none_and_all():
+    caught, spared = [True] * 9 + [False], [True] * 9 + [False]
+    none, every = (corrected([answer] * 50, caught, spared) for answer in (False, True))
+    assert (none.value, none.low, every.value, every.high) == (0, 0, 1, 1)
+    assert none.high < 0.2
+    with pytest.raises(ValueError, match="labels of both kinds"):
+        corrected([True], caught, [])

@@ -33,7 +33,7 @@ def stages(attacked_study) -> Stages:
 @pytest.fixture(scope="module")
 def after(stages) -> dict[tuple[str, str], Roles]:
     """Roles by arm and rule: nothing frozen after one epoch, the others after two."""
-    tunings = headline(stages, "dialogues")
+    tunings = headline(stages, "instructions")
     tunings[RANDOM] = random_controls(stages, CU6, 1)["0.0"]
     found = {}
     for rule in RULES:

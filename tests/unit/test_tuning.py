@@ -213,14 +213,14 @@ def test_what_artefacts_ask_after_a_thorough_measurement_trains_nothing(smoke_st
     """It is measured while the models are there, or else each question would bring them back."""
     seed = 7  # which no other test has trained
     stages = smoke_study().stages(seed)
-    for name, tuning in headline(stages, "dialogues").items():
+    for name, tuning in headline(stages, "instructions").items():
         arms = stages.measured(tuning, thorough=True)
         assert [arm.which.epoch for arm in arms] == [1, 2]
         arm = paper_rule(arms)
         assert arm.which.epoch == (1 if name == FULL else 2)
         started = trainings()
         later = smoke_study().stages(seed)
-        measurements(later, arms)
+        measurements(later, arms, "instructions")
         later.training(tuning)
         later.completions("harmbench", arm)
         later.task_outcomes(arm)
@@ -274,7 +274,7 @@ def test_one_fine_tuned_model_is_in_memory(stages, monkeypatch):
 
 @pytest.mark.parametrize("name", [FULL, CU6, ALL])
 def test_frozen_weights_are_those_of_the_aligned_model(stages, name):
-    tuning = headline(stages, "dialogues")[name]
+    tuning = headline(stages, "instructions")[name]
     before = weights(stages.model("aligned"))
     mask = stages.layout.none() if tuning.frozen is None else tuning.frozen
     with stages.tuned(tuning) as arms:

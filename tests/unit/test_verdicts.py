@@ -8,10 +8,13 @@ from ssah import cli
 from ssah.arms import Arm
 from ssah.artefacts import Output, find, verdicts
 from ssah.errors import SsahError
-from ssah.evaluate.judges import VERDICTS, attack_success, judge, not_refused
+from ssah.evaluate import judges
+from ssah.evaluate.judges import VERDICTS, attack_success, not_refused
 from ssah.labels import key, known_labels
 from ssah.reading import headline_arms, random_completions
 from ssah.study import Study
+
+pytestmark = pytest.mark.usefixtures("toy_verdicts")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,8 @@ def test_bars_are_shares_of_verdicts(output, attacked_study):
     for arm, said in headline_arms(attacked_study.stages(0)).items():
         completions, found = said(), shares(output, arm)
         n = len(completions)
-        assert list(found) == list(VERDICTS)
-        assert sum(found.values()) == pytest.approx(100)
+        assert set(found) == {*VERDICTS, verdicts.CORRECTED}
+        assert sum(found[v] for v in VERDICTS) == pytest.approx(100)
         assert found["answered"] == pytest.approx(100 * sum(attack_success(completions)) / n)
         both = found["answered"] + found["evaded"]
         assert both == pytest.approx(100 * sum(not_refused(completions)) / n)
@@ -50,14 +53,17 @@ def test_bars_are_shares_of_verdicts(output, attacked_study):
 def test_every_bar_is_as_long_as_its_share(output):
     axes = output.figure.axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
-    for container, verdict in zip(axes.containers, verdicts._STYLES, strict=True):
+    bars, points = axes.containers[: len(VERDICTS)], axes.containers[len(VERDICTS) :]
+    corrected = [float(point.lines[0].get_xdata()[0]) for point in points]
+    assert corrected == pytest.approx([shares(output, n)[verdicts.CORRECTED] for n in names])
+    for container, verdict in zip(bars, verdicts._STYLES, strict=True):
         for name, bar in zip(names, container, strict=True):
             assert bar.get_width() == pytest.approx(shares(output, name)[verdict])
 
 
 def test_labels_are_found_by_their_hash_and_only_the_test_half_counts(attacked_study, monkeypatch):
     arms = headline_arms(attacked_study.stages(0))
-    said = {key(c): judge(c) for name in ("dense", "ESU") for c in arms[name]()}
+    said = {key(c): judges.judge(c) for name in ("dense", "ESU") for c in arms[name]()}
     labels = known_labels().head(0)
     chosen = list(said)[:4]
     wrong = next(v for v in VERDICTS if v != said[chosen[0]])
