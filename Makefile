@@ -26,7 +26,7 @@ help:
 	@echo "make plan             what there is to compute, and how long it takes"
 	@echo "make reproduce        every figure and table, then the claims table"
 	@echo "make smoke            the same on a random model, in about two minutes"
-	@echo "make publish          three seeds into results/published"
+	@echo "make publish          more arms and seeds, into results/published"
 	@echo "make test             lint, types, unit, integration and notebook tests"
 	@echo "make lint             style and types alone"
 	@echo "make test-notebooks   the notebooks alone, on the smoke profile"

@@ -95,7 +95,7 @@ def _which_seeds(frame: pd.DataFrame) -> str:
         if seeds != every
     )
     if set(frame["arm"]) <= {START, WHOLE, RU, RANDOM}:
-        note += " `budget=wide` aligns through other parts, and for longer."
+        note += " `budget=wide` aligns for longer and with larger steps as well."
     return note
 
 

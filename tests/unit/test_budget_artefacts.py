@@ -481,7 +481,7 @@ def test_without_more_seeds_there_are_few_arms(smoke_study, overrides, outputs, 
     if longer:
         expected |= {(f"{name}, {LONGER}", 0) for name in (RU, RANDOM)}
     assert {(r["arm"], r["seed"]) for r in output.metrics} == expected
-    more = " `budget=wide` aligns through other parts, and for longer."
+    more = " `budget=wide` aligns for longer and with larger steps as well."
     some = f" Seed 0 only: {RU}, {LONGER}; {RANDOM}, {LONGER}."
     assert output.note.endswith(some if longer else more)
     for name, seed in expected:
