@@ -12,15 +12,16 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "Roles": "roles",
-    "Shares": "roles",
-    "UnitLayout": "units",
-    "UnitMask": "units",
-    "ablate": "ablation",
-    "find_conflicts": "find",
-    "find_units": "find",
-    "freeze_units": "slicing",
-    "train_only": "slicing",
+    "Roles": "units.roles",
+    "Shares": "units.roles",
+    "Study": "app.study",
+    "UnitLayout": "units.layout",
+    "UnitMask": "units.mask",
+    "ablate": "training.ablation",
+    "find_conflicts": "scoring.find",
+    "find_units": "scoring.find",
+    "freeze_units": "training.slicing",
+    "train_only": "training.slicing",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -22,9 +22,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from ssah.config import AlignConfig
-from ssah.paths import project_root
-from ssah.units import UnitLayout, UnitMask
+from ssah.core.paths import project_root
+from ssah.training.settings import AlignConfig
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 Dialogues = list[tuple[list[int], list[int]]]
 

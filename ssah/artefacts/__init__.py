@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..config import suggestion
-from ..errors import SsahError
+from ..core.errors import SsahError, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from ..app.study import Study
     from ..evaluate.stats import Estimate
-    from ..study import Study
 
 
 @dataclass
@@ -127,22 +125,3 @@ def find(name: str) -> Artefact:
     if name not in ARTEFACTS:
         raise SsahError(f"Unknown artefact '{name}'{suggestion(name, list(ARTEFACTS))}")
     return ARTEFACTS[name]
-
-
-def produce(study: Study, artefact: Artefact) -> pd.DataFrame | Figure:
-    """Run an artefact's function and write its files, metrics and claims."""
-    from ..claims import update_claims
-    from .render import write_output, write_times
-
-    store = study.store
-    store.touched.clear()
-    start, built = time.monotonic(), store.built_seconds
-    output = artefact.compute(study)
-    warm = time.monotonic() - start - (store.built_seconds - built)
-    write_output(study, artefact, output)
-    runs = {run.key: run.seconds for run in store.touched.values()}
-    write_times(study, artefact, runs, warm)
-    update_claims(study.results)
-    shown = output.figure if output.figure is not None else output.table
-    assert shown is not None
-    return shown

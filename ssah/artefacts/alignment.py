@@ -10,14 +10,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..budget_arms import RANDOM, RU, WHOLE
+from ..lab.budget_arms import RANDOM, RU, WHOLE
 from . import Output
 from .budget_measures import START, measured_arms
 from .render import COLOURS, STYLE, ShownFigure
 from .summary import arm_rows, paper_rows, pooled
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 #: Column of the table -> (metric, digits)
 _COLUMNS: dict[str, tuple[str, int]] = {

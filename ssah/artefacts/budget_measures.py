@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..arms import Aligning, Arm, Tuning
-from ..budget_arms import FASTER, LONGER, RANDOM, RU, WHOLE, budget_arms, instruction_arms
-from ..errors import SsahError
+from ..core.errors import SsahError
 from ..evaluate.judges import Completion, attack_success, not_refused, refused
 from ..evaluate.stats import Estimate, average, crossed_mean, paired_difference, proportion
-from ..stages import Stages, paper_rule
-from ..tuning import MAIN_ATTACK
+from ..lab.arms import Aligning, Arm, Tuning
+from ..lab.budget_arms import FASTER, LONGER, RANDOM, RU, WHOLE, budget_arms, instruction_arms
+from ..lab.stages import Stages, paper_rule
+from ..lab.tuning import MAIN_ATTACK
 from . import Output
 from .freezing import compare
 from .summary import same
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 START = "unaligned"
 
@@ -28,7 +28,7 @@ Outcomes = dict[str, list[bool]]
 
 def measure(stages: Stages, output: Output, name: str, how: Aligning | None) -> Outcomes:
     """Every metric of a model that is aligned through a part of itself; True where it complied."""
-    record, layout = stages.alignment(how), stages.layout_for(stages.layout.unit_kind)
+    record, layout = stages.alignment(how), stages.layout
     trained = layout.parameters
     if how is not None:
         trained = record["trainable_parameters"]

@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..budget_arms import RU, WHOLE, budget_arms
+from ..core.paths import reference_csv
 from ..evaluate.stats import proportion
-from ..paths import reference_csv
-from ..roles import GROUPS, transfer
+from ..lab.budget_arms import RU, WHOLE, budget_arms
+from ..units.roles import GROUPS, transfer
 from . import Output
 from .alignment import no_pair
 from .flows import draw_flow, draw_matrix
@@ -19,7 +19,7 @@ from .render import STYLE, ShownFigure
 from .transfer import SCOPES
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 #: Groups of an unaligned model: what it uses, and what it does not.
 BEFORE = ("UU", "RU")

@@ -12,10 +12,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..data import Row
+from ..data.rows import Row
+from ..evaluate.probes import Probe, lean, margin, read_out
 from ..evaluate.stats import Estimate, auroc, crossed_mean, pool, rank_correlation
-from ..probes import Probe, lean, margin, read_out
-from ..stages import Stages
+from ..lab.stages import Stages
 from . import Output
 from .mirrored import models
 from .reasoning import EVALUATION
@@ -23,7 +23,7 @@ from .render import COLOURS, STYLE, ShownFigure
 from .summary import pooled
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 #: Set -> what it is here. Borderline prompts look dangerous and are not.
 QUERIES = {EVALUATION: "harmful", "borderline": "borderline", "benign_evaluation": "benign"}

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from ..roles import GROUPS
+from ..units.roles import GROUPS
 from .render import COLOURS
 
 

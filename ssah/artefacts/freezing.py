@@ -6,15 +6,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..arms import Arm, Tuning
 from ..evaluate.judges import attack_success, is_coherent, not_refused
-from ..evaluate.stats import (
-    Estimate,
-    paired_difference,
-    paired_p_value,
-    proportion,
-)
-from ..selections import (
+from ..evaluate.stats import Estimate, paired_difference, paired_p_value, proportion
+from ..lab.arms import Arm, Tuning
+from ..lab.selections import (
     ALL,
     CONFLICT_ARM,
     CU6,
@@ -24,13 +19,13 @@ from ..selections import (
     label,
     random_controls,
 )
-from ..stages import Stages, paper_rule
-from ..tuning import ATTACKS, LESSON, MAIN_ATTACK
+from ..lab.stages import Stages, paper_rule
+from ..lab.tuning import ATTACKS, LESSON, MAIN_ATTACK
 from . import Output
 from .summary import arm_rows, paper_rows, same
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 #: A headline arm -> the paper's name of it, after the data set.
 PAPER_ARMS = {FULL: "full", CU6: "freeze_esu_cu6", ALL: "freeze_esu_cu_all"}
@@ -73,8 +68,8 @@ def measure(
 
 def frozen_shares(stages: Stages, tuning: Tuning) -> dict[str, Estimate]:
     """Per cent of units, and of the units' weights, that an arm freezes."""
-    layout = stages.layout_for(tuning.unit_kind)
-    mask = layout.none() if tuning.frozen is None else tuning.frozen
+    mask = stages.layout.none() if tuning.frozen is None else tuning.frozen
+    layout = stages.layout_for(mask.unit_kind)
     weights = layout.weights(mask) / layout.parameters
     return {
         "frozen_units": same(100 * mask.share(), layout.units),

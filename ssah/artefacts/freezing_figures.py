@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..selections import (
+from ..lab.selections import (
     ALL,
     CONFLICT,
     CONFLICT_ARM,
@@ -20,15 +20,15 @@ from ..selections import (
     label,
     ratios,
 )
-from ..stages import Stages
-from ..tuning import MAIN_ATTACK
+from ..lab.stages import Stages
+from ..lab.tuning import MAIN_ATTACK
 from . import Output
 from .freezing import compare, measure, measure_contenders, measure_random
 from .render import COLOURS, STYLE, ShownFigure
 from .summary import pooled
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 #: Colours of the two epochs: the group colours mean something else.
 EPOCH_COLOURS = {1: "#56B4E9", 2: "#CC79A7"}

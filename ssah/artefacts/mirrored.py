@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from ..arms import Which
-from ..stages import Stages
+from ..lab.arms import Which
+from ..lab.stages import Stages
 from .summary import pooled
 
 #: Dark and light, so that they differ in grey as well; the light one is hatched.

@@ -10,16 +10,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from ..evaluate.probes import lean, onset
 from ..evaluate.stats import Estimate, crossed_mean
-from ..probes import lean, onset
-from ..stages import Stages
+from ..lab.stages import Stages
 from . import Output
 from .mirrored import EVERY, by_block, draw_blocks, draw_tokens, models
 from .render import STYLE, ShownFigure
 from .summary import same
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 EVALUATION = "harmful_evaluation"
 

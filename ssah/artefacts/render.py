@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +13,13 @@ import pandas as pd
 from filelock import FileLock
 from matplotlib.figure import Figure
 
+from ..core.files import write_atomically
 from ..evaluate.stats import Estimate
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
     from . import Artefact, Output
+
 
 STYLE = str(Path(__file__).with_name("style.mplstyle"))
 
@@ -42,14 +42,6 @@ COLOURS = {
     "RU": "#999999",
     "random": "#000000",
 }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    write(partial)
-    partial.replace(path)
 
 
 def format_estimate(e: Estimate | None, digits: int = 1) -> str:

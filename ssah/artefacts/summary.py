@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from ..core.paths import reference_csv
 from ..evaluate.stats import Estimate, pool
-from ..paths import reference_csv
 from .render import format_estimate
 
 

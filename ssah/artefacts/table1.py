@@ -6,25 +6,18 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..arms import Arm
-from ..baselines import magnitude_units, random_units
+from ..core.paths import reference_csv
 from ..evaluate.judges import attack_success, is_coherent, not_refused, refused
-from ..evaluate.stats import (
-    Estimate,
-    average,
-    paired_difference,
-    paired_p_value,
-    pool,
-    proportion,
-)
-from ..paths import reference_csv
-from ..stages import Stages
-from ..units import UnitMask
+from ..evaluate.stats import Estimate, average, paired_difference, paired_p_value, pool, proportion
+from ..lab.arms import Arm
+from ..lab.stages import Stages
+from ..scoring.selectors import magnitude_units, random_units
+from ..units.mask import UnitMask
 from . import Output
 from .render import format_estimate
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 CLAIMED = ("ESU", "EUU", "RU")
 

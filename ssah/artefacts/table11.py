@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..arms import Arm
 from ..evaluate.judges import attack_success, not_refused, refused
 from ..evaluate.stats import proportion
-from ..stages import Stages
+from ..lab.arms import Arm
+from ..lab.stages import Stages
 from . import Output
 from .mirrored import models
 from .reasoning import ELSEWHERE
@@ -17,7 +17,7 @@ from .render import format_estimate
 from .summary import paper_rows, pooled
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 
 def table11(study: Study) -> Output:

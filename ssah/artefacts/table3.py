@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..arms import Arm
+from ..core.paths import reference_csv
 from ..evaluate.stats import Estimate, average, paired_difference, proportion
-from ..paths import reference_csv
-from ..selections import FULL, available_attacks, headline
-from ..stages import paper_rule
+from ..lab.arms import Arm
+from ..lab.selections import FULL, available_attacks, headline
+from ..lab.stages import paper_rule
 from . import Output
 from .render import format_estimate
 from .summary import pooled
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 
 def table3(study: Study) -> Output:

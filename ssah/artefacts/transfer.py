@@ -9,19 +9,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from ..core.paths import reference_csv
 from ..evaluate.stats import paired_difference, proportion
-from ..paths import reference_csv
-from ..roles import GROUPS, Roles, transfer
-from ..selections import ALL, CU6, FULL, headline, random_controls
-from ..stages import Stages, paper_rule
-from ..tuning import MAIN_ATTACK
-from ..units import BlockKind
+from ..lab.selections import ALL, CU6, FULL, headline, random_controls
+from ..lab.stages import Stages, paper_rule
+from ..lab.tuning import MAIN_ATTACK
+from ..units.families import BlockKind
+from ..units.roles import GROUPS, Roles, transfer
 from . import Output
 from .flows import draw_flow, draw_matrix
 from .render import COLOURS, STYLE, ShownFigure
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 RESAMPLED, RANDOM = "no fine-tuning, other prompts", f"random, as {CU6}"
 ARMS = (RESAMPLED, FULL, RANDOM, CU6, ALL)

@@ -9,18 +9,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..baselines import random_units
-from ..evaluate.stats import (
-    Estimate,
-    proportion,
-)
-from ..roles import GROUPS, Shares
-from ..units import UnitMask
+from ..evaluate.stats import Estimate, proportion
+from ..scoring.selectors import random_units
+from ..units.mask import UnitMask
+from ..units.roles import GROUPS, Shares
 from . import Output
 from .render import COLOURS, STYLE, ShownFigure
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 CLAIMED = ("ESU", "EUU", "RU")
 

@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 
 from ..evaluate.judges import VERDICTS
+from ..evaluate.labels import agreement, errors_of_answered, judged, key, known_labels
 from ..evaluate.stats import corrected, proportion
-from ..labels import agreement, errors_of_answered, judged, key, known_labels
-from ..reading import headline_arms
+from ..lab.reading import headline_arms
 from . import Output
 from .render import STYLE, ShownFigure
 from .summary import pooled
 
 if TYPE_CHECKING:
-    from ..study import Study
+    from ..app.study import Study
 
 #: Answered comes first, so that its bar and its corrected share start at the same place; a hatch
 #: tells the others apart without colour.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..paths import RESOURCES
+from ..core.paths import RESOURCES
 from .refusals import plain
 
 WEIGHTS = RESOURCES / "answered.csv"

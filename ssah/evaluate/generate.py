@@ -10,7 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import by_length, encode, pad
+from ..text.batches import by_length, pad
+from ..text.chat import encode
 
 
 def complete(
@@ -24,7 +25,8 @@ def complete(
 ) -> list[str]:
     """Continuation of each rendered prompt as text, by :func:`continuations`.
 
-    Texts that went through no chat template need ``special_tokens`` (:func:`ssah.models.encode`).
+    Texts that went through no chat template need ``special_tokens``
+    (:func:`ssah.text.chat.encode`).
     """
     ids = [encode(tokenizer, text, special_tokens=special_tokens) for text in texts]
     answers = continuations(model, tokenizer, ids, max_new_tokens, batch_size, sample_seed)

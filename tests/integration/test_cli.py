@@ -14,9 +14,9 @@ import pytest
 from transformers import MixtralConfig
 
 from helpers import CommandLine, built, copy_project, finish
-from ssah import cli
+from ssah.app import cli, commands
 from ssah.artefacts import ARTEFACTS
-from ssah.claims import CLAIMS
+from ssah.claims.table import CLAIMS
 
 TABLE = ("table1", "profile=smoke")
 ARMS = {"dense", "unaligned", "ESU", "EUU", "RU", "ESU, mean", "EUU, mean", "RU, mean"}
@@ -30,10 +30,10 @@ def read_metrics(results: Path) -> pd.DataFrame:
 
 
 def test_help_lists_artefacts_commands_and_groups(capsys):
-    for arguments in ([], ["--help"], ["table1", "-h"]):
+    for arguments in ([], ["--help"], ["-h"]):
         assert cli.main(arguments) == 0
         text = capsys.readouterr().out
-        for name in [*ARTEFACTS, *cli.COMMANDS, *cli.GROUPS]:
+        for name in [*ARTEFACTS, *cli.ssah.commands, *cli.GROUPS]:
             assert name in text
 
 
@@ -46,8 +46,12 @@ def test_help_lists_artefacts_commands_and_groups(capsys):
         (["table1", "attribution.token=all"], "did you mean 'attribution.tokens'?"),
         (["table1", "profile=smok"], "did you mean 'smoke'?"),
         (["table1", "profile=smoke", "seed=abc"], "seed"),
-        (["table1", "--fast"], "Unknown option --fast"),
-        (["notebook"], "Name one notebook"),
+        (["table1", "--fast"], "No such option"),
+        (["notebook"], "Missing argument 'NAME'"),
+        (["reproduce", "table1"], "'table1' is not of the form key=value, and reproduce takes no"),
+        (["plan", "table1"], "takes no other words"),
+        (["claims", "sed=1"], "did you mean 'seed'?"),
+        (["read", "ESU", "--n", "0"], "0 is not in the range"),
         (["table1", "profile=smoke", "seed=0,1"], "Cannot compose"),
     ],
 )
@@ -72,22 +76,22 @@ def test_mistakes_are_one_sentence(arguments, sentence, capsys, tmp_path, monkey
     ],
 )
 def test_what_a_machine_cannot_do_is_one_sentence(monkeypatch, capsys, error, status, words):
-    def fail(_):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setattr(commands, "artefacts", fail)
     assert cli.main(["table1"]) == status
-    captured = capsys.readouterr().err
+    captured = capsys.readouterr().err.strip()
     assert words in captured
     assert len(captured.splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EACCES, "denied")])
 def test_bugs_are_not_hidden(monkeypatch, error):
-    def fail(_):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setattr(commands, "artefacts", fail)
     with pytest.raises(type(error)):
         cli.main(["table1"])
 
@@ -97,8 +101,13 @@ def test_clean_cache_deletes_the_cache_and_nothing_else(tmp_path, monkeypatch, c
     (home / "runs" / "x").mkdir(parents=True)
     (home / "mine").touch()
     monkeypatch.setenv("SSAH_HOME", str(home))
+    monkeypatch.setattr("click.confirm", lambda question: False)
     assert cli.main(["clean-cache"]) == 0
+    assert {p.name for p in home.iterdir()} == {"runs", "mine"}, "nobody agreed"
+    assert cli.main(["clean-cache", "--yes"]) == 0
     assert [p.name for p in home.iterdir()] == ["mine"]
+    assert cli.main(["clean-cache", "--yes"]) == 0
+    assert "There is no" in capsys.readouterr().out
 
 
 def test_an_unsupported_model_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
@@ -127,16 +136,20 @@ def test_what_cannot_be_published_is_named(capsys):
 def test_a_part_is_measured_as_the_published_run_and_added_to_it(monkeypatch, tmp_path):
     """With the published run's settings unless others are named; the claims are redrawn."""
     calls = []
-    monkeypatch.setattr("ssah.study.results_root", lambda: tmp_path)
-    monkeypatch.setattr("ssah.cli.results_root", lambda: tmp_path)
-    monkeypatch.setattr(cli, "_prepare", lambda *a: calls.append(("prepare", *a[:2])))
-    monkeypatch.setattr("ssah.notebooks.execute", lambda *a: calls.append(("execute", *a)))
-    monkeypatch.setattr("ssah.study.Study.show", lambda self, name: calls.append(("show", name)))
+    monkeypatch.setattr("ssah.app.study.results_root", lambda: tmp_path)
+    monkeypatch.setattr(commands, "results_root", lambda: tmp_path)
+    monkeypatch.setattr(commands, "_prepare", lambda *a: calls.append(("prepare", *a)))
+    monkeypatch.setattr(commands, "execute", lambda *a: calls.append(("execute", *a)))
+    monkeypatch.setattr(
+        "ssah.app.study.Study.show", lambda self, name: calls.append(("show", name))
+    )
     for name in ("publish_part", "print_claims"):
-        monkeypatch.setattr(f"ssah.report.{name}", lambda *a, name=name: calls.append((name, *a)))
+        monkeypatch.setattr(
+            f"ssah.app.report.{name}", lambda *a, name=name: calls.append((name, *a))
+        )
     assert cli.main(["publish", "table1", "06_alignment_budget", "seed=1"]) == 0
     wide = [f"{group}=wide" for group in ("finetune", "evaluate", "probes", "budget")]
-    overrides = [*wide, "seed=1", "add_to=published"]
+    overrides = ["headline_seeds=3", *wide, "seed=1", "add_to=published"]
     results, published = calls[3][1], tmp_path / "published"
     artefacts = ["table1", "table4", "fig_budget", "fig6", "fig9", "fig10"]
     assert calls == [

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from ssah.slicing import SlicedLinear, freeze_units, train_only
-from ssah.units import UnitLayout, UnitMask
+from ssah.training.slicing import SlicedLinear, freeze_units, train_only
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 MODES = ("sliced", "restored")
 

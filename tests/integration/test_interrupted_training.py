@@ -18,9 +18,9 @@ EPOCHS = 20
 
 #: Trains one arm, a tenth of the units frozen, and prints where its models are.
 PROGRAM = f"""
-from ssah.arms import Tuning
-from ssah.baselines import random_units
-from ssah.study import Study
+from ssah.lab.arms import Tuning
+from ssah.scoring.selectors import random_units
+from ssah import Study
 
 stages = Study("smoke", ["finetune.epochs={EPOCHS}"]).stages(0)
 mask = random_units(stages.layout, stages.roles.select("ESU", "CU:6%"), seed=0)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from helpers import CommandLine, built, copy_project
-from ssah.arms import Arm
-from ssah.assets import ASSETS, fetch
-from ssah.config import compose
-from ssah.models import load_model, locate
-from ssah.paths import home
-from ssah.store import Store
-from ssah.study import Study
+from ssah.app.study import Study
+from ssah.core.paths import home
+from ssah.core.store import Store
+from ssah.data.assets import ASSETS, fetch
+from ssah.lab.arms import Arm
+from ssah.lab.config import compose
+from ssah.lab.load import load_model, locate
 
 pytestmark = pytest.mark.real
 

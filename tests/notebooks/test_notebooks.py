@@ -11,11 +11,11 @@ import nbformat
 import pytest
 
 from helpers import copy_project, environment
-from ssah import notebooks
+from ssah.app import notebooks
+from ssah.app.notebooks import PARAMETERS, available, execute
 from ssah.artefacts import ARTEFACTS
-from ssah.errors import SsahError
-from ssah.notebooks import PARAMETERS, available, execute
-from ssah.paths import project_root
+from ssah.core.errors import SsahError
+from ssah.core.paths import project_root
 
 FILES = sorted((project_root() / "notebooks").glob("*.ipynb"))
 EVERY = pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

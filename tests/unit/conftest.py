@@ -17,12 +17,11 @@ from transformers import (
 )
 
 from helpers import save_livelier
-from ssah import labels
-from ssah.evaluate import judges
+from ssah.app.study import Study
+from ssah.data.toy import build_tiny_model
+from ssah.evaluate import judges, labels
 from ssah.evaluate.judges import VERDICTS, Completion, Verdict
-from ssah.models import CHATML
-from ssah.study import Study
-from ssah.toy import build_tiny_model
+from ssah.text.chat import CHATML
 
 
 @pytest.fixture(scope="session")

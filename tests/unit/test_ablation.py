@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from ssah.ablation import ablate
-from ssah.units import UnitLayout, UnitMask
+from ssah.training.ablation import ablate
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 TOKENS = torch.tensor([[5, 9, 3, 17, 22, 8, 30, 11], [7, 7, 12, 1, 38, 2, 6, 19]])
 
@@ -23,7 +24,7 @@ def some_units(layout: UnitLayout, seed: int = 0) -> UnitMask:
     generator = torch.Generator().manual_seed(seed)
     chosen = {b.name: torch.rand(b.units, generator=generator) < 0.4 for b in layout.blocks}
     chosen["layers.0.mlp"][:] = False
-    return UnitMask(chosen)
+    return UnitMask(chosen, layout.unit_kind)
 
 
 def means(layout: UnitLayout) -> dict[str, torch.Tensor]:
@@ -164,7 +165,7 @@ def test_a_head_with_biases_is_really_silent(families):
     block = layout["layers.0.attn"]
     chosen = {b.name: torch.zeros(b.units, dtype=torch.bool) for b in layout.blocks}
     chosen["layers.0.attn"][:2] = True  # both heads of a KV group, so that its rows are theirs
-    mask = UnitMask(chosen)
+    mask = UnitMask(chosen, layout.unit_kind)
 
     def speech(model) -> torch.Tensor:
         """What the two heads add to the residual stream."""

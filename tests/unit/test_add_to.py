@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ssah import report
-from ssah.artefacts import Output, find, produce
-from ssah.errors import SsahError
+from ssah.app import report
+from ssah.app.study import produce
+from ssah.artefacts import Output, find
+from ssah.core.errors import SsahError
 from ssah.evaluate.stats import Estimate
 
 NAMES = ("table1", "fig_roles_map", "table2")
@@ -28,7 +29,7 @@ def results(tmp_path_factory, smoke_study) -> Path:
         "second": ["seed=1"],
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ssah.study.results_root", lambda: root)
+        patch.setattr("ssah.app.study.results_root", lambda: root)
         for folder, overrides in runs.items():
             study = smoke_study(*overrides)
             study.results = root / folder
@@ -82,7 +83,7 @@ def test_every_number_keeps_its_origin(results):
 
 def test_what_is_measured_again_replaces_what_was_there(results, smoke_study, monkeypatch):
     """Both seeds in the earlier run, one of them wrong."""
-    monkeypatch.setattr("ssah.study.results_root", lambda: results)
+    monkeypatch.setattr("ssah.app.study.results_root", lambda: results)
     frame = metrics(results / "together")
     frame.loc[frame["seed"].str[0] == "1", ["value", "low", "high"]] = 1e6
     (results / "wrong").mkdir()
@@ -96,7 +97,7 @@ def test_what_is_measured_again_replaces_what_was_there(results, smoke_study, mo
 
 @pytest.mark.parametrize("what", ["profile", "model"])
 def test_other_models_and_profiles_are_not_added_to(results, smoke_study, monkeypatch, what):
-    monkeypatch.setattr("ssah.study.results_root", lambda: results)
+    monkeypatch.setattr("ssah.app.study.results_root", lambda: results)
     (results / what).mkdir()
     metrics(results / "first").assign(**{what: "another"}).to_csv(
         results / what / "metrics.csv", index=False
@@ -109,7 +110,7 @@ def test_other_models_and_profiles_are_not_added_to(results, smoke_study, monkey
 
 def test_draws_of_a_seed_are_replaced_together(smoke_study, tmp_path, monkeypatch):
     """Seed 0 was measured with five draws and now with two; seed 1 stays as it was."""
-    monkeypatch.setattr("ssah.study.results_root", lambda: tmp_path)
+    monkeypatch.setattr("ssah.app.study.results_root", lambda: tmp_path)
     study = smoke_study("add_to=before")
     rows = [("random", "asr", f"{seed}.{draw}") for seed in (0, 1) for draw in range(5)]
     rows.append(("random", "perplexity", "0"))  # not measured now
@@ -155,7 +156,7 @@ def fill(folder: Path, artefacts: list[str], notebook: str, text: str) -> None:
 
 def test_publishing_a_notebook_leaves_the_others_as_they_were(tmp_path, monkeypatch):
     refreshed = []
-    for name in ("ssah.report.results_root", "ssah.claims.results_root"):
+    for name in ("ssah.app.report.results_root", "ssah.claims.table.results_root"):
         monkeypatch.setattr(name, lambda: tmp_path)
     monkeypatch.setattr(report, "refresh_texts", lambda: refreshed.append(True))
     published, part = tmp_path / "published", tmp_path / "part"

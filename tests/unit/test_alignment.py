@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers import assert_frozen, frozen_entries, weights
-from ssah import preparation, tuning
-from ssah.alignment import changed_outside
-from ssah.arms import Aligning, Arm, Tuning
-from ssah.baselines import random_units
-from ssah.finetune import supervised_finetune
-from ssah.stages import Stages
-from ssah.units import UnitLayout, UnitMask
+from ssah.lab import preparation, tuning
+from ssah.lab.arms import Aligning, Arm, Tuning
+from ssah.lab.stages import Stages
+from ssah.scoring.selectors import random_units
+from ssah.training.checks import changed_outside
+from ssah.training.supervised import supervised_finetune
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 # --- what counts as changed ------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ def test_a_frozen_weight_that_changed_is_an_error(stages, monkeypatch):
             model.get_parameter("model.embed_tokens.weight")[3, 3] += 1
         return record
 
-    monkeypatch.setattr("ssah.alignment.supervised_finetune", slip)
+    monkeypatch.setattr("ssah.training.aligning.supervised_finetune", slip)
     how = through(stages, 2.1e-3)
     with pytest.raises(RuntimeError, match="frozen weight"):
         stages.align(how)
@@ -215,7 +216,6 @@ def test_identity_tells_alignments_apart_and_trains_none(smoke_study, stages, tr
         how,
         Aligning(one_more),
         Aligning(~how.trained),
-        Aligning(how.trained, "channel"),
         Aligning(how.trained, rank=2),
         Aligning(how.trained, rank=3),
         Aligning(None, rank=2),
@@ -316,7 +316,7 @@ def test_longer_adapters_resume_to_the_same_bits(stages, monkeypatch):
 
         return supervised_finetune(*arguments, **settings, on_epoch=stop)
 
-    monkeypatch.setattr("ssah.alignment.supervised_finetune", interrupted)
+    monkeypatch.setattr("ssah.training.aligning.supervised_finetune", interrupted)
     with pytest.raises(Interruption):
         stages.align(how)
     monkeypatch.undo()

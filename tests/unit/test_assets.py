@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from helpers import make_wheel
-from ssah import assets
-from ssah.assets import ASSETS, Asset, fetch, inventory
-from ssah.errors import SsahError
-from ssah.store import Store
+from ssah.core.errors import SsahError
+from ssah.core.store import Store
+from ssah.data import assets
+from ssah.data.assets import ASSETS, Asset, fetch, inventory
 
 PACKAGE = "ssah-test-carrier"
 FILES = {
@@ -126,7 +126,7 @@ def test_no_network_is_refused(store, offer, monkeypatch):
 def test_a_full_disk_is_refused_before_the_download(store, offer, monkeypatch):
     offer()
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("ssah.paths.shutil.disk_usage", lambda _: usage(10**12, 10**12, 0))
+    monkeypatch.setattr("ssah.core.paths.shutil.disk_usage", lambda _: usage(10**12, 10**12, 0))
     monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
     sentence = refused(store)
     assert "has 0.0 GB free" in sentence

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssah.data import Row
-from ssah.errors import SsahError
-from ssah.models import render_prompt
-from ssah.stages import Stages
-from ssah.tuning import ATTACKS
+from ssah.core.errors import SsahError
+from ssah.data.rows import Row
+from ssah.lab.stages import Stages
+from ssah.lab.tuning import ATTACKS
+from ssah.text.chat import render_prompt
 
 every_attack = pytest.mark.parametrize("attack", ATTACKS)
 

@@ -14,15 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssah.attribution import (
-    ActivationStatistics,
-    Batch,
-    Moments,
-    collect_statistics,
-    unit_scores,
-)
-from ssah.models import dialogue_batches
-from ssah.units import Block, UnitLayout
+from ssah.scoring.attribution import ActivationStatistics, Moments, collect_statistics, unit_scores
+from ssah.text.batches import Batch, dialogue_batches
+from ssah.units.layout import Block, UnitLayout
 
 Pairs = list[tuple[list[int], list[int]]]
 

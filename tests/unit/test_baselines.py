@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssah.baselines import magnitude_units, matched_by, random_units, sized
-from ssah.units import UnitLayout, UnitMask
+from ssah.scoring.selectors import magnitude_units, matched_by, random_units, sized
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def target_of(layout: UnitLayout, heads: int, neurons: int) -> UnitMask:
     for kind, wanted in (("attn", heads), ("mlp", neurons)):
         own = [i for i, k in enumerate(kinds) if k == kind]
         mask[own[len(own) - wanted :]] = True
-    return UnitMask(layout.split(mask))
+    return layout.mask(mask)
 
 
 @pytest.mark.parametrize(("heads", "neurons"), [(3, 17), (0, 5), (1, 0), (8, 48), (0, 0)])
@@ -74,9 +75,9 @@ def test_magnitude_picks_the_extreme_norms(tiny_model, layout, largest):
             weight = tiny_model.get_submodule(block.output).weight
             weight[:, block.channels[units].flatten()] *= 100 if largest else 0.01
     target = target_of(layout, 1, 3)
-    assert UnitMask(chosen) != target
+    assert UnitMask(chosen, layout.unit_kind) != target
     control = magnitude_units(tiny_model, layout, target, largest=largest)
-    assert control == UnitMask(chosen)
+    assert control == UnitMask(chosen, layout.unit_kind)
 
 
 def test_magnitude_of_a_head_is_that_of_all_its_columns(tiny_model, layout):

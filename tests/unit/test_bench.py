@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from torch import Tensor
 
-from ssah import bench, cli, report
-from ssah.units import UnitLayout
+from ssah.app import bench, cli, report
+from ssah.units.layout import UnitLayout
 
 #: Of the tiny model, whose units are 8 heads and 128 neurons: heads and neurons that train.
 TRAINED = {
@@ -35,7 +35,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def results(home, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SSAH_HOME", str(home))
-    monkeypatch.setattr("ssah.study.results_root", lambda: tmp_path)
+    monkeypatch.setattr("ssah.app.study.results_root", lambda: tmp_path)
     return tmp_path
 
 

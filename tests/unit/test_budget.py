@@ -9,22 +9,15 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from ssah.arms import Aligning, Arm
-from ssah.attribution import ActivationStatistics, unit_scores
-from ssah.budget import PREFIX_JAILBREAK
-from ssah.budget_arms import (
-    FASTER,
-    LONGER,
-    RANDOM,
-    RU,
-    WHOLE,
-    budget_arms,
-)
-from ssah.evaluate.utility import divergences
-from ssah.models import encode_dialogue
-from ssah.stages import Stages
-from ssah.study import Study
-from ssah.units import UnitMask
+from ssah.app.study import Study
+from ssah.evaluate.likelihood import divergences
+from ssah.lab.arms import Aligning, Arm
+from ssah.lab.budget import PREFIX_JAILBREAK
+from ssah.lab.budget_arms import FASTER, LONGER, RANDOM, RU, WHOLE, budget_arms
+from ssah.lab.stages import Stages
+from ssah.scoring.attribution import ActivationStatistics, unit_scores
+from ssah.text.chat import encode_dialogue
+from ssah.units.mask import UnitMask
 
 #: Units of the tiny model: 2 * (4 heads + 64 neurons).
 UNITS = 136

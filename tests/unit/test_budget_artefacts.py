@@ -11,29 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssah import preparation, tuning
-from ssah.arms import Aligning, Arm, Tuning
+from ssah.app.study import Study
 from ssah.artefacts import Output, alignment, find
-from ssah.budget_arms import (
-    FASTER,
-    LONGER,
-    RANDOM,
-    RU,
-    WHOLE,
-    budget_arms,
-    instruction_arms,
-)
-from ssah.claims import claims_table
-from ssah.errors import SsahError
+from ssah.claims.budget import BUDGET
+from ssah.claims.table import claims_table
+from ssah.core.errors import SsahError
+from ssah.core.paths import reference_csv
 from ssah.evaluate.generate import complete
 from ssah.evaluate.judges import Completion, attack_success, not_refused, refused
-from ssah.finetune import supervised_finetune
-from ssah.models import render_prompt
-from ssah.paths import reference_csv
-from ssah.roles import GROUPS
-from ssah.stages import Stages
-from ssah.statements.budget import BUDGET
-from ssah.study import Study
+from ssah.lab import preparation, tuning
+from ssah.lab.arms import Aligning, Arm, Tuning
+from ssah.lab.budget_arms import FASTER, LONGER, RANDOM, RU, WHOLE, budget_arms, instruction_arms
+from ssah.lab.stages import Stages
+from ssah.text.chat import render_prompt
+from ssah.training.supervised import supervised_finetune
+from ssah.units.roles import GROUPS
 
 pytestmark = pytest.mark.usefixtures("toy_verdicts")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ssah import claims
 from ssah.artefacts import ARTEFACTS
-from ssah.claims import CLAIMS, Claim, claims_table, measured, styled, update_claims
+from ssah.claims import table as claims
+from ssah.claims.table import CLAIMS, Claim, claims_table, measured, styled, update_claims
+from ssah.core.paths import reference_csv
 from ssah.evaluate.stats import Estimate
-from ssah.paths import reference_csv
 
 
 def claim(limit: float, *, above: bool, **other) -> Claim:
@@ -114,7 +114,7 @@ def test_a_number_of_fewer_seeds_says_so(root, monkeypatch):
         rise(20, 40, arm="common", seed="1.0"),
     ]
     folder = write_metrics(root / "laptop", rows)
-    monkeypatch.setattr("ssah.claims.CLAIMS", (rare, common))
+    monkeypatch.setattr("ssah.claims.table.CLAIMS", (rare, common))
     shown = claims_table(folder)["this run"]
     assert list(shown) == ["30.00 [20.00, 40.00] (seed 0)", "30.00 [20.00, 40.00]"]
 

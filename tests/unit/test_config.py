@@ -6,18 +6,9 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from ssah.config import (
-    GROUPS,
-    PROFILES,
-    Config,
-    check_keys,
-    compose,
-    known_keys,
-    suggestion,
-    sweep_points,
-)
-from ssah.errors import SsahError
-from ssah.paths import conf_dir
+from ssah.core.errors import SsahError, suggestion
+from ssah.core.paths import conf_dir
+from ssah.lab.config import GROUPS, PROFILES, Config, check_keys, compose, known_keys, sweep_points
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 OPTIONS = [

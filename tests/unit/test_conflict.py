@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssah.stages import Stages
-from ssah.study import Study
+from ssah.app.study import Study
+from ssah.lab.stages import Stages
 
 RATE = 1e-5
 

@@ -16,24 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssah.arithmetic import arithmetic_problems
-from ssah.config import DataConfig, compose
-from ssah.data import (
-    SETS,
-    Row,
-    cluster,
-    compose_refusal,
-    content_words,
-    divide_harmful,
-    read_jsonl,
-    read_set,
-    similarity,
-)
-from ssah.errors import SsahError
+from ssah.core.errors import SsahError
+from ssah.core.paths import RESOURCES, home
+from ssah.core.store import Run, Store
+from ssah.data.arithmetic import arithmetic_problems
+from ssah.data.refusals import compose_refusal
+from ssah.data.rows import SETS, Row, read_jsonl, read_set
+from ssah.data.sets import build_sets
+from ssah.data.settings import DataConfig
+from ssah.data.split import cluster, content_words, divide_harmful, similarity
 from ssah.evaluate.refusals import is_refusal
-from ssah.paths import RESOURCES, home
-from ssah.sources import build_sets
-from ssah.store import Run, Store
+from ssah.lab.config import compose
 
 HARMFUL = ("harmful_align", "harmful_attribution", "harmful_search", "harmful_evaluation")
 BENIGN = ("benign_align", "benign_attribution", "benign_evaluation")
@@ -72,7 +65,7 @@ def toy(tmp_path_factory) -> dict[str, list[Row]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", forbidden)
-        patch.setattr("ssah.sources.fetch", forbidden)
+        patch.setattr("ssah.data.embedded.fetch", forbidden)
         run = build_sets(Store(tmp_path_factory.mktemp("toy")), compose("smoke").data)
     return {name: read_set(run, name) for name in SETS}
 

@@ -20,10 +20,16 @@ from helpers import (
     small_training,
     weights,
 )
-from ssah import finetune
-from ssah.finetune import ResponseTrainer, TrainingRecord, save_model, supervised_finetune
-from ssah.slicing import SlicedLinear, freeze_units
-from ssah.units import UnitLayout, UnitMask
+from ssah.training import supervised as finetune
+from ssah.training.slicing import SlicedLinear, freeze_units
+from ssah.training.supervised import (
+    ResponseTrainer,
+    TrainingRecord,
+    save_model,
+    supervised_finetune,
+)
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 PAIRS = dialogues(16)
 #: Units kept of every 4 heads and 24 neurons: much frozen leads to sliced layers only, little to

@@ -8,14 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ssah.arithmetic import arithmetic_problems
-from ssah.cli import main
-from ssah.config import compose
-from ssah.data import SETS, read_set
-from ssah.errors import SsahError
-from ssah.sources import build_sets
-from ssah.stages import Stages
-from ssah.store import Store
+from ssah.app.cli import main
+from ssah.core.errors import SsahError
+from ssah.core.store import Store
+from ssah.data.arithmetic import arithmetic_problems
+from ssah.data.rows import SETS, read_set
+from ssah.data.sets import build_sets
+from ssah.lab.config import compose
+from ssah.lab.stages import Stages
 
 SIZES = ["data.evaluation=8", "data.search=4", "data.align=6", "align.harmful=6"]
 
@@ -123,7 +123,7 @@ def test_a_name_that_is_no_set_is_not_kept(tmp_path, two_files):
 def results(tmp_path, monkeypatch) -> Path:
     """Caches and results of commands go here, never to the user's."""
     monkeypatch.setenv("SSAH_HOME", str(tmp_path / "home"))
-    for module in ("study", "claims", "report", "cli"):
+    for module in ("app.study", "claims.table", "app.report", "app.commands"):
         monkeypatch.setattr(f"ssah.{module}.results_root", lambda: tmp_path / "results")
     return tmp_path / "results"
 

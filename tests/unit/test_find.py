@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import ssah
-from ssah.conflict import gradient_conflict
-from ssah.models import CHATML, dialogue_batches, encode_dialogue
-from ssah.paths import project_root
-from ssah.roles import Shares, classify
-from ssah.toy import ToyHarm
+from ssah.core.paths import project_root
+from ssah.data.toy import ToyHarm
+from ssah.scoring.conflict import gradient_conflict
+from ssah.text.batches import dialogue_batches
+from ssah.text.chat import CHATML, encode_dialogue
+from ssah.units.roles import Shares, classify
 
 KINDS = ("head", "kv_group", "channel")
 SAFETY = [(f"please {text}", "I cannot help with that .") for text, _ in ToyHarm(0).prompts(7)]

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from helpers import AtNextEpoch, Dialogues, Interruption, dialogues, small_training, weights
-from ssah import finetune
-from ssah.finetune import ResponseTrainer, collate, save_model, supervised_finetune
+from ssah.training import supervised as finetune
+from ssah.training.supervised import ResponseTrainer, collate, save_model, supervised_finetune
 
 
 def rows_of(pairs: Dialogues) -> list[dict[str, list[int]]]:

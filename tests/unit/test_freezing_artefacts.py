@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssah.arms import Arm, Tuning
+from ssah.app.study import Study
 from ssah.artefacts import Output, find
+from ssah.claims import CLAIMS
+from ssah.core.paths import reference_csv
 from ssah.evaluate.judges import attack_success
-from ssah.paths import reference_csv
-from ssah.selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, random_controls
-from ssah.stages import Stages
-from ssah.statements import CLAIMS
-from ssah.study import Study
+from ssah.lab.arms import Arm, Tuning
+from ssah.lab.selections import ALL, CONFLICT_ARM, CU6, FULL, contenders, random_controls
+from ssah.lab.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("toy_verdicts")
 

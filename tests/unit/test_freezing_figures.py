@@ -7,11 +7,11 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from ssah.arms import Arm
 from ssah.artefacts import Output, find
 from ssah.evaluate.judges import attack_success
-from ssah.selections import ALL, CU6, FULL, conditions, contenders, random_controls, ratios
-from ssah.stages import Stages
+from ssah.lab.arms import Arm
+from ssah.lab.selections import ALL, CU6, FULL, conditions, contenders, random_controls, ratios
+from ssah.lab.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("toy_verdicts")
 

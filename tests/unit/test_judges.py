@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ssah.config import compose
-from ssah.data import read_set
+from ssah.core.paths import home
+from ssah.core.store import Store
+from ssah.data.rows import read_set
+from ssah.data.sets import build_sets
 from ssah.evaluate.answers import fit, signs
 from ssah.evaluate.judges import (
     Completion,
@@ -15,11 +17,9 @@ from ssah.evaluate.judges import (
     not_refused,
     refused,
 )
+from ssah.evaluate.labels import agreement, judged
 from ssah.evaluate.refusals import is_refusal
-from ssah.labels import agreement, judged
-from ssah.paths import home
-from ssah.sources import build_sets
-from ssah.store import Store
+from ssah.lab.config import compose
 
 REFUSALS = """
 I'm sorry, but I can't help with that.

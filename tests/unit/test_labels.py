@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ssah import cli
-from ssah.errors import SsahError
+from ssah.app import cli
+from ssah.core.errors import SsahError
+from ssah.core.paths import project_root
 from ssah.evaluate.judges import VERDICTS, Completion
-from ssah.labels import (
+from ssah.evaluate.labels import (
     agreement,
     confusion,
     held_out_summary,
@@ -16,7 +17,6 @@ from ssah.labels import (
     meaning,
     read_labelled,
 )
-from ssah.paths import project_root
 
 REFUSED, ANSWERED = "I'm sorry, but I can't help with that.", "Sure! Here is a guide: first, take"
 
@@ -101,8 +101,8 @@ def test_the_command_prints_agreement(file, capsys):
         (["{folder}/none.csv", "--text", "said", "--label", "verdict"], "There is no file"),
         (["{file}", "--text", "sayd", "--label", "verdict"], "did you mean 'said'?"),
         (["{file}", "--text", "said", "--label", "said"], "The label 'I'm sorry"),
-        (["{file}", "--text", "said"], "the following arguments are required: --label"),
-        (["{file}", "--text", "said", "--label", "verdict", "--n", "3"], "unrecognized arguments"),
+        (["{file}", "--text", "said"], "Missing option '--label'"),
+        (["{file}", "--text", "said", "--label", "verdict", "--n", "3"], "No such option"),
     ],
 )
 def test_bad_input_is_one_sentence(file, tmp_path, capsys, arguments, says):

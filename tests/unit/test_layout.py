@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from ssah.app.cli import ssah
 from ssah.artefacts import ARTEFACTS
-from ssah.cli import COMMANDS
-from ssah.paths import project_root
+from ssah.core.paths import project_root
 
 ROOT = project_root()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -61,17 +60,10 @@ def test_every_module_is_on_a_floor():
     assert code == placed
 
 
-def test_importing_the_package_is_fast():
-    begin = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import ssah"], check=True, cwd=ROOT)
-    assert time.monotonic() - begin < 1
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "ssah").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix()
-)
-def test_modules_are_short(path):
-    assert len(path.read_text().splitlines()) <= 300
+def test_importing_the_package_imports_nothing_heavy():
+    loaded = "import ssah, sys; print(*(m for m in ('torch', 'transformers') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == b""
 
 
 # --- dependencies ----------------------------------------------------------------------------
@@ -158,11 +150,11 @@ def test_make_help_names_every_target(help_text):
 def test_the_targets_that_are_commands_are_commands():
     rule = re.search(r"^([a-z -]+): env\n\t\$\(SSAH\) \$@", MAKEFILE, re.MULTILINE)
     assert rule
-    assert set(rule[1].split()) <= set(COMMANDS)
+    assert set(rule[1].split()) <= set(ssah.commands)
 
 
 def test_no_artefact_hides_a_command_or_a_target():
-    assert not set(ARTEFACTS) & (set(COMMANDS) | targets())
+    assert not set(ARTEFACTS) & (set(ssah.commands) | targets())
 
 
 # --- texts -----------------------------------------------------------------------------------

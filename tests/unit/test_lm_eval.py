@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssah.data import Row
+from ssah.data.rows import Row
 from ssah.evaluate.generate import complete
-from ssah.evaluate.utility import exact_match, last_number, lm_eval_outcomes, multiple_choice
+from ssah.evaluate.tasks import exact_match, last_number, lm_eval_outcomes, multiple_choice
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional extra")
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers import frozen_entries, weights
-from ssah.lora import adapters, linear_layers, rank_for
-from ssah.units import UnitLayout, UnitMask
+from ssah.training.lora import adapters, linear_layers, rank_for
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 #: Shared key and value rows; fused layers; biases.
 FAMILIES = ("llama", "phi3", "qwen2")
@@ -87,7 +88,7 @@ def test_only_the_chosen_units_change(families, model_type):
             linear.weight[::3, ::2] = -0.0
     mask, before = some_units(layout), weights(model)
     allowed = allowed_entries(model, layout, mask)
-    with adapters(model, layout, RANK, mask):
+    with adapters(model, RANK, mask):
         train(model)
     for name, changed in moved(before, model).items():
         inside = allowed.get(name, torch.zeros_like(changed))
@@ -108,7 +109,7 @@ def test_without_chosen_units_every_layer_of_the_units_changes(families, model_t
     layout, before = UnitLayout.of(model), weights(model)
     linears = {f"{path}.weight" for path in unit_linears(model)}
     assert {f"{path}.weight" for path in linear_layers(layout)} == linears
-    with adapters(model, layout, RANK):
+    with adapters(model, RANK):
         train(model)
     after = weights(model)
     for name, changed in moved(before, model).items():
@@ -128,7 +129,7 @@ def test_nothing_but_adapters_trains_inside(families, model_type):
     layout = UnitLayout.of(model)
     mask = some_units(layout)
     allowed = allowed_entries(model, layout, mask)
-    with adapters(model, layout, RANK, mask):
+    with adapters(model, RANK, mask):
         for steps in (0, 3):
             train(model, steps)
             found = dict(model.named_parameters())
@@ -156,7 +157,7 @@ def test_the_merged_model_is_plain_and_computes_the_same(families, model_type, c
     layout = UnitLayout.of(model)
     mask = some_units(layout) if confined else None
     modules, start = dict(model.named_modules()), logits(model)
-    with adapters(model, layout, RANK, mask):
+    with adapters(model, RANK, mask):
         torch.testing.assert_close(logits(model), start)  # adapters begin as nothing
         train(model)
         expected = logits(model)
@@ -178,11 +179,11 @@ def test_the_merged_model_is_plain_and_computes_the_same(families, model_type, c
 def test_a_second_block_begins_where_the_first_ended(tiny_model):
     layout = UnitLayout.of(tiny_model)
     mask = some_units(layout)
-    with adapters(tiny_model, layout, RANK):
+    with adapters(tiny_model, RANK):
         train(tiny_model)
     between, start = weights(tiny_model), logits(tiny_model)
     allowed = allowed_entries(tiny_model, layout, mask)
-    with adapters(tiny_model, layout, 2, mask):
+    with adapters(tiny_model, 2, mask):
         torch.testing.assert_close(logits(tiny_model), start)
         train(tiny_model)
     for name, changed in moved(between, tiny_model).items():
@@ -196,7 +197,7 @@ def test_an_error_leaves_plain_layers(tiny_model, confined):
     layout, names = UnitLayout.of(tiny_model), list(tiny_model.state_dict())
 
     def fail() -> None:
-        with adapters(tiny_model, layout, RANK, some_units(layout) if confined else None):
+        with adapters(tiny_model, RANK, some_units(layout) if confined else None):
             train(tiny_model, 1)
             raise RuntimeError("boom")
 
@@ -218,7 +219,7 @@ def test_rank_for_comes_as_near_as_ranks_can(families, model_type):
     ranks = set()
     for wanted in (step // 2 + 1, step, 2 * step + 50, 3 * step - 50, 7 * step):
         rank = rank_for(layout, wanted)
-        with adapters(model, layout, rank):
+        with adapters(model, rank):
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert count == rank * step
         assert abs(count - wanted) <= step / 2

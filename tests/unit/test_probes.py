@@ -12,9 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.evaluate.generate import complete, continuations
+from ssah.evaluate.probes import (
+    Openings,
+    Probe,
+    cosine_distance,
+    lean,
+    margin,
+    onset,
+    probe,
+    read_out,
+)
 from ssah.evaluate.stats import Estimate, crossed_mean
-from ssah.models import encode, render_prompt
-from ssah.probes import Openings, Probe, cosine_distance, lean, margin, onset, probe, read_out
+from ssah.text.chat import encode, render_prompt
 
 POSITIONS = (1, 3, 4)
 FIELDS = [field.name for field in dataclasses.fields(Probe)]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import ssah.probing
+import ssah.lab.probing
 from ssah.artefacts import find
-from ssah.errors import SsahError
+from ssah.core.errors import SsahError
+from ssah.core.paths import RESOURCES
 from ssah.evaluate.refusals import is_refusal
-from ssah.models import encode, render_prompt
-from ssah.paths import RESOURCES
-from ssah.stages import Stages
+from ssah.lab.stages import Stages
+from ssah.text.chat import encode, render_prompt
 
 KINDS = ("refusal", "compliance", "neutral")
 
@@ -156,8 +156,8 @@ def test_each_model_reads_its_own_words_unless_they_shall_be_the_same(smoke_stud
         read.append((queries, words))
         return whole(model, queries, words, openings, positions)
 
-    whole = ssah.probing.probe
-    monkeypatch.setattr(ssah.probing, "probe", keep)
+    whole = ssah.lab.probing.probe
+    monkeypatch.setattr(ssah.lab.probing, "probe", keep)
     stages = smoke_study("probes.positions=[2,5]").stages(0)
     tokenizer, said = stages.tokenizer, stages.opening_texts["words"]
     assert len(said) == 1

@@ -18,17 +18,17 @@ from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-import ssah.probing
+import ssah.lab.probing
 from helpers import save_livelier
-from ssah.arms import Arm
+from ssah.app.study import Study
 from ssah.artefacts import Output, choice, find
-from ssah.data import Row
+from ssah.claims.reasoning import REASONING
+from ssah.core.paths import reference_csv
+from ssah.data.rows import Row
 from ssah.evaluate.judges import judge, refused
-from ssah.paths import reference_csv
-from ssah.probes import Probe
-from ssah.stages import Stages
-from ssah.statements.reasoning import REASONING
-from ssah.study import Study
+from ssah.evaluate.probes import Probe
+from ssah.lab.arms import Arm
+from ssah.lab.stages import Stages
 
 NAMES = ("fig2", "fig3", "fig4", "fig7", "fig_margin", "fig_readout", "table11")
 MODELS = ("aligned", "unaligned")
@@ -51,9 +51,9 @@ def study(smoke_study, tiny_folder, tmp_path_factory) -> Iterator[Study]:
         answers = whole(*args, **kwargs)
         return [answer[: ENDS.get(i % 4, len(answer))] for i, answer in enumerate(answers)]
 
-    whole = ssah.probing.continuations
+    whole = ssah.lab.probing.continuations
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssah.probing, "continuations", cut_short)
+        patch.setattr(ssah.lab.probing, "continuations", cut_short)
         yield smoke_study(
             "model=local",
             f"model.source={folder}",

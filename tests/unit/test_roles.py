@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssah.roles import GROUPS, Effect, Roles, Shares, classify, search_share
-from ssah.units import Block, UnitLayout, UnitMask
+from ssah.scoring.search import Effect, search_share
+from ssah.units.layout import Block, UnitLayout
+from ssah.units.mask import UnitMask
+from ssah.units.roles import GROUPS, Roles, Shares, classify
 
 
 def layout_of(heads: int, neurons: int) -> UnitLayout:

@@ -9,12 +9,13 @@ from typing import cast
 import pytest
 import torch
 
-from ssah import selections
-from ssah.arms import Tuning
-from ssah.roles import Roles
-from ssah.selections import ALL, CU6, FULL
-from ssah.stages import Stages
-from ssah.units import UnitLayout, UnitMask
+from ssah.lab import selections
+from ssah.lab.arms import Tuning
+from ssah.lab.selections import ALL, CU6, FULL
+from ssah.lab.stages import Stages
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
+from ssah.units.roles import Roles
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_headline_arms_freeze_groups_of_the_aligned_models_roles(stages, attack)
     assert arms[CU6].frozen == stages.roles.select("ESU", "CU:6%")
     assert arms[ALL].frozen == stages.roles.select("ESU", "CU")
     for tuning in arms.values():
-        assert (tuning.attack, tuning.unit_kind, tuning.changes) == (attack, "head", {})
+        assert (tuning.attack, tuning.changes) == (attack, {})
     # By hand: all of ESU, and of CU those with the highest difference, 6 % of all 136 units.
     esu, cu = (stages.layout.flatten(stages.roles.mask(group)) for group in ("ESU", "CU"))
     frozen = stages.layout.flatten(selections.frozen(arms[CU6]))
@@ -259,11 +260,11 @@ def test_conditions_freeze_as_much_as_their_budget(stages, conditions):
 
 def test_conditions_that_score_again_fit_their_own_units(stages, conditions):
     again = conditions[f"{CU6}, scored on all tokens"]
-    assert again.unit_kind == "head"
+    assert again.frozen.unit_kind == "head"
     assert again.frozen.count() == 15
     assert again.frozen != stages.roles.select("ESU", "CU:6%")
     channels = conditions[f"{CU6}, channels as units"]
-    assert channels.unit_kind == "channel"
+    assert channels.frozen.unit_kind == "channel"
     layout = stages.layout_for("channel")
     assert {name: len(part) for name, part in channels.frozen.items()} == {
         block.name: block.units for block in layout.blocks
@@ -283,7 +284,7 @@ def test_halves_of_the_value_output_path_hold_whole_value_rows(stages, condition
     scores = selections.rescored(stages, unit_kind="channel").difference
     means = {}
     for name, tuning in halves.items():
-        assert tuning.unit_kind == "channel"
+        assert tuning.frozen.unit_kind == "channel"
         assert sizes(tuning.frozen) == (32, 0)
         assert layout.weights(tuning.frozen) == layout.weights(path) / 2
         # Channels 0 to 7 are of the first head and share their value rows with the second's.

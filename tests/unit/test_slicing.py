@@ -12,8 +12,9 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from ssah.slicing import SlicedLinear, freeze_units, train_only
-from ssah.units import UnitLayout, UnitMask
+from ssah.training.slicing import SlicedLinear, freeze_units, train_only
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 KINDS = ("head", "kv_group", "channel")
 FAMILIES = ("llama", "qwen2", "gemma2", "phi3")
@@ -38,10 +39,10 @@ def block_of(model, mode: str, unit_kind="head", seed: int = 0):
     layout = UnitLayout.of(model, unit_kind)
     if mode == "sliced":
         mask = draw(layout, 0.2, seed)
-        block = train_only(model, mask, unit_kind=unit_kind)
+        block = train_only(model, mask)
         return block, trained_entries(model, layout, mask, rest=False)
     mask = draw(layout, 0.07, seed)
-    block = freeze_units(model, mask, unit_kind=unit_kind)
+    block = freeze_units(model, mask)
     return block, trained_entries(model, layout, ~mask, rest=True)
 
 
@@ -376,15 +377,15 @@ def test_empty_and_full_masks(families, model_type, unit_kind):
         assert not sliced_layers(model)
         return {name for name, p in model.named_parameters() if p.requires_grad}
 
-    with train_only(model, none, unit_kind=unit_kind):
+    with train_only(model, none):
         assert training() == set()
-    with freeze_units(model, ~none, unit_kind=unit_kind, train_rest=False):
+    with freeze_units(model, ~none, train_rest=False):
         assert training() == set()
-    with freeze_units(model, none, unit_kind=unit_kind):
+    with freeze_units(model, none):
         assert training() == names
     for block, trained, rest in (
-        (train_only(model, ~none, unit_kind=unit_kind), ~none, False),
-        (freeze_units(model, ~none, unit_kind=unit_kind), none, True),
+        (train_only(model, ~none), ~none, False),
+        (freeze_units(model, ~none), none, True),
     ):
         before = parameters_of(model)
         with block:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ssah.store import Run, Store, canonical, digest
+from ssah.core.store import Run, Store, canonical, digest
 
 SPAWN = multiprocessing.get_context("spawn")
 

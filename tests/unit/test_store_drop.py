@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ssah.store import Run, Store
+from ssah.core.store import Run, Store
 
 LARGE = {"model-1/weights.bin", "model-1/config.json", "model-2/weights.bin"}
 SMALL = {"record.json", "logs/model-1.txt"}

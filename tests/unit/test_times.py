@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ssah import report
-from ssah.artefacts import find, produce
+from ssah.app import report
+from ssah.app.report import Time
+from ssah.app.study import Study, produce
+from ssah.artefacts import find
 from ssah.artefacts.render import write_times
-from ssah.report import Time
-from ssah.study import Study
 
 
 @pytest.fixture

@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssah.roles import GROUPS, Roles, Shares, Thresholds, classify, classify_by_thresholds, transfer
-from ssah.units import Block, UnitLayout
+from ssah.units.layout import Block, UnitLayout
+from ssah.units.roles import (
+    GROUPS,
+    Roles,
+    Shares,
+    Thresholds,
+    classify,
+    classify_by_thresholds,
+    transfer,
+)
 
 KINDS = (("attn", "mlp"), ("mlp",))
 

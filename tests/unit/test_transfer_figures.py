@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from ssah.arms import Arm
 from ssah.artefacts import Output, find
-from ssah.roles import GROUPS, Roles, transfer
-from ssah.selections import ALL, CU6, FULL, headline, random_controls
-from ssah.stages import Stages
+from ssah.lab.arms import Arm
+from ssah.lab.selections import ALL, CU6, FULL, headline, random_controls
+from ssah.lab.stages import Stages
+from ssah.units.roles import GROUPS, Roles, transfer
 
 SCOPES = {"global": None, "attention": "attn", "mlp": "mlp"}
 OTHER_PROMPTS, RANDOM = "no fine-tuning, other prompts", f"random, as {CU6}"

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from helpers import assert_frozen, built, frozen_entries, weights
-from ssah import tuning as tuning_module
-from ssah.arms import Arm, Tuning
-from ssah.models import load_model
-from ssah.selections import ALL, CU6, FULL, headline
-from ssah.stages import Stages, paper_rule
-from ssah.units import UnitMask
+from ssah.lab import tuning as tuning_module
+from ssah.lab.arms import Arm, Tuning
+from ssah.lab.load import load_model
+from ssah.lab.selections import ALL, CU6, FULL, headline
+from ssah.lab.stages import Stages, paper_rule
+from ssah.units.mask import UnitMask
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ class Beginnings(logging.Handler):
 @pytest.fixture
 def trainings() -> Iterator[Callable[[], list[str]]]:
     """Fine-tunings that began in this test."""
-    logger, handler = logging.getLogger("ssah.store"), Beginnings()
+    logger, handler = logging.getLogger("ssah.core.store"), Beginnings()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield lambda: [name for name in handler.names if name.startswith("finetune")]
@@ -86,7 +86,6 @@ def test_identity_tells_models_apart_and_trains_none(smoke_study, stages, traini
         dataclasses.replace(base, frozen=None),
         dataclasses.replace(base, frozen=one_more),
         dataclasses.replace(base, frozen=~mask),
-        dataclasses.replace(base, unit_kind="channel"),
         dataclasses.replace(base, epoch=2),
         dataclasses.replace(base, changes={"learning_rate": 2e-3}),
         dataclasses.replace(base, changes={"train_embeddings": True}),
@@ -104,7 +103,7 @@ def test_identity_tells_models_apart_and_trains_none(smoke_study, stages, traini
 
     copied = UnitMask({name: part.clone() for name, part in mask.items()})
     rate = stages.config.finetune.learning_rate
-    for same in (Tuning("dialogues", copied), Tuning("dialogues", mask, "head", {}, 1)):
+    for same in (Tuning("dialogues", copied), Tuning("dialogues", mask, {}, 1)):
         assert stages.identity(same) == identities[0]
     explicit = dataclasses.replace(base, changes={"learning_rate": rate})
     assert stages.identity(explicit) == identities[0]
@@ -291,7 +290,7 @@ def test_channels_freeze_by_their_own_mask(stages):
     mask["layers.0.attn"][[3, 17]] = True
     mask["layers.1.mlp"][::2] = True
     before = weights(stages.model("aligned"))
-    with stages.tuned(Tuning("dialogues", mask, "channel")) as arms:
+    with stages.tuned(Tuning("dialogues", mask)) as arms:
         model = stages.model(arms[0].which)
         entries = frozen_entries(model, layout, mask)
         # Query and key rows belong to no single channel.

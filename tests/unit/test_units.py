@@ -8,8 +8,12 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
-from ssah.units import SUPPORTED_MODEL_TYPES, Slices, UnitLayout, UnitMask, UnsupportedModelError
+from ssah.core.errors import UnsupportedModelError
+from ssah.units.families import FAMILIES
+from ssah.units.layout import Slices, UnitLayout
+from ssah.units.mask import UnitMask
 
 HEADS, KV_HEADS, GROUP = 4, 2, 2
 KINDS = ("head", "kv_group", "channel")
@@ -73,7 +77,7 @@ def expected_listings(model, layer: int, kind: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_slices_cover_every_position(families, model_type, kind):
     """Once where unshared, and once for each user of a shared KV row; nothing outside is listed."""
     model = families(model_type)
@@ -100,7 +104,7 @@ def test_slices_cover_every_position(families, model_type, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_unit_weights_sum_to_the_true_count(families, model_type, kind):
     model = families(model_type)
     layout = UnitLayout.of(model, kind)
@@ -123,7 +127,7 @@ def test_unit_weights_sum_to_the_true_count(families, model_type, kind):
     assert layout.units == 2 * (units + neurons)
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_silent_head_is_one_whose_output_columns_are_zero(families, model_type):
     """Zeroing all that is the head's own equals zeroing its columns of o_proj, bit for bit."""
     model = families(model_type).double()
@@ -141,7 +145,7 @@ def test_a_silent_head_is_one_whose_output_columns_are_zero(families, model_type
         torch.testing.assert_close(logits(changed), reference, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_value_rows_feed_the_heads_that_list_them(families, model_type):
     """Without its value rows a KV group is silent, which only holds for the right rows."""
     model = families(model_type).double()
@@ -158,7 +162,7 @@ def test_value_rows_feed_the_heads_that_list_them(families, model_type):
 
 
 @pytest.mark.parametrize("kind", ["kv_group", "channel"])
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_value_rows_of_other_unit_kinds(families, model_type, kind):
     """The value rows of a KV group, or of the channels that share one, silence their columns."""
     model = families(model_type).double()
@@ -177,7 +181,7 @@ def test_value_rows_of_other_unit_kinds(families, model_type, kind):
     torch.testing.assert_close(logits(changed), reference, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_neuron_without_its_rows_is_silent(families, model_type):
     model = families(model_type).double()
     block = UnitLayout.of(model)["layers.0.mlp"]
@@ -208,7 +212,7 @@ def test_shared_rows_by_all_or_any(tiny_model):
 
 
 def test_a_position_that_no_unit_lists_is_never_selected():
-    cut = Slices("matrix", 0, torch.tensor([[1], [4]]), width=3)
+    cut = Slices("matrix", 0, torch.tensor([[1], [4]]), width=3, length=6)
     assert cut.selected(torch.tensor([True, True]), "all").tolist() == [1, 4]
     assert cut.selected(torch.tensor([False, True]), "all").tolist() == [4]
 
@@ -270,8 +274,11 @@ def test_mask_counts_and_share(masks):
 def test_masks_of_different_layouts_do_not_mix(masks):
     other = UnitMask({"layers.0.attn": torch.ones(4)})
     assert masks[0] != other
-    with pytest.raises(ValueError, match="different layouts"):
-        masks[0] | other
+    by_channel = UnitMask(masks[0], "channel")
+    assert masks[0] != by_channel
+    for another in (other, by_channel):
+        with pytest.raises(ValueError, match="different layouts"):
+            masks[0] | another
     with pytest.raises(TypeError):
         hash(other)
 
@@ -279,8 +286,49 @@ def test_masks_of_different_layouts_do_not_mix(masks):
 def test_mask_survives_saving(tiny_model, tmp_path):
     """Also one cut out of a flat tensor, whose parts share memory."""
     layout = UnitLayout.of(tiny_model)
-    mask = UnitMask(layout.split(torch.arange(layout.units) % 3 == 0))
+    mask = layout.mask(torch.arange(layout.units) % 3 == 0)
     mask.save(tmp_path / "mask.safetensors", group="ESU", model="tiny")
-    assert UnitMask.load(tmp_path / "mask.safetensors") == mask
     with safe_open(tmp_path / "mask.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["metadata"]) == {"group": "ESU", "model": "tiny"}
+    loaded = UnitMask.load(tmp_path / "mask.safetensors")
+    assert loaded == mask
+    assert loaded.digest() == mask.digest()
+    by_channel = UnitLayout.of(tiny_model, "channel").none()
+    by_channel.save(tmp_path / "mask.safetensors")
+    assert UnitMask.load(tmp_path / "mask.safetensors").unit_kind == "channel"
+
+
+def test_equal_masks_have_one_digest_and_others_another(tiny_model):
+    layout = UnitLayout.of(tiny_model)
+    mask = layout.mask(torch.arange(layout.units) % 3 == 0)
+    turned = UnitMask(dict(reversed(mask.items())))
+    one_more = UnitMask({name: part.clone() for name, part in mask.items()})
+    one_more["layers.1.mlp"][1] = True
+    other_kind = UnitMask(mask, "kv_group")
+    assert mask.digest() == turned.digest()
+    assert len({m.digest() for m in (mask, one_more, other_kind, ~mask)}) == 4
+
+
+def test_a_layout_refuses_masks_of_another(tiny_model):
+    layout = UnitLayout.of(tiny_model)
+    layout.require(layout.none())
+    for mask in (UnitMask(layout.none(), "channel"), UnitMask({"layers.0.attn": torch.ones(4)})):
+        with pytest.raises(ValueError, match="does not fit a llama with head units in 4 blocks"):
+            layout.require(mask)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_without_weights_has_the_same_layout(families, model_type):
+    model = families(model_type)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    for kind in ("head", "kv_group", "channel"):
+        whole, shapes = UnitLayout.of(model, kind), UnitLayout.of(empty, kind)
+        assert [b.name for b in whole.blocks] == [b.name for b in shapes.blocks]
+        for own, other in zip(whole.blocks, shapes.blocks, strict=True):
+            assert torch.equal(own.channels, other.channels)
+            for a, b in zip(own.slices, other.slices, strict=True):
+                assert (a.parameter, a.dim, a.width, a.length) == (
+                    b.parameter, b.dim, b.width, b.length,
+                )  # fmt: skip
+                assert torch.equal(a.index, b.index)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssah.data import Row
-from ssah.evaluate.utility import (
-    choice_losses,
-    continuation_losses,
+from ssah.data.rows import Row
+from ssah.evaluate.likelihood import choice_losses, continuation_losses
+from ssah.evaluate.tasks import (
     exact_match,
     last_number,
     multiple_choice,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from ssah import cli
-from ssah.arms import Arm
+from ssah.app import cli
+from ssah.app.study import Study
 from ssah.artefacts import Output, find, verdicts
-from ssah.errors import SsahError
+from ssah.core.errors import SsahError
 from ssah.evaluate import judges
 from ssah.evaluate.judges import VERDICTS, attack_success, not_refused
-from ssah.labels import key, known_labels
-from ssah.reading import headline_arms, random_completions
-from ssah.study import Study
+from ssah.evaluate.labels import key, known_labels
+from ssah.lab.arms import Arm
+from ssah.lab.reading import headline_arms, random_completions
 
 pytestmark = pytest.mark.usefixtures("toy_verdicts")
 
@@ -99,7 +99,7 @@ def test_an_unknown_arm_is_named_with_the_nearest(attacked_study):
 
 def test_read_prints_both_verdicts_and_writes_nothing(smoke_study, monkeypatch, capsys):
     study: Study = smoke_study()
-    monkeypatch.setattr("ssah.study.Study", lambda *_: study)
+    monkeypatch.setattr("ssah.app.commands.Study", lambda *_: study)
     before = set(study.results.rglob("*")) if study.results.exists() else set()
     assert cli.main(["read", "dense", "profile=smoke", "--n", "2"]) == 0
     printed = capsys.readouterr().out
@@ -112,8 +112,8 @@ def test_read_prints_both_verdicts_and_writes_nothing(smoke_study, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--n", "0"], "at least one completion"),
-        (["--n", "many"], "invalid int value"),
+        (["--n", "0"], "not in the range"),
+        (["--n", "many"], "not a valid integer"),
         (["dense", "no.such=1"], "Unknown override"),
         (["dense", "profile=none"], "Unknown profile"),
     ],

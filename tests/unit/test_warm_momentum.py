@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssah.slicing import freeze_units, train_only
-from ssah.units import UnitLayout, UnitMask
+from ssah.training.slicing import freeze_units, train_only
+from ssah.units.layout import UnitLayout
+from ssah.units.mask import UnitMask
 
 STEPS = 5
 

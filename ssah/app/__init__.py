@@ -1,0 +1,1 @@
+"""The front doors: command line, notebooks, reports and benchmarks."""

@@ -1,0 +1,239 @@
+"""The command line: ``ssah COMMAND [key=value ...]``; every figure and table is a command."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..artefacts import ARTEFACTS
+from ..core.errors import SsahError, suggestion
+from ..core.paths import home
+from ..core.progress import show_progress
+from ..lab.config import GROUPS, check_keys, split_profile
+
+
+class _Override(click.ParamType):
+    """``key=value`` for Hydra, with a key that exists."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if "=" not in value:
+            raise SsahError(
+                f"'{value}' is not of the form key=value, and {ctx.info_name if ctx else 'this'} "
+                "takes no other words."
+            )
+        check_keys([value])
+        return value
+
+
+def _overrides(function: Callable[..., None]) -> Callable[..., None]:
+    return click.argument("overrides", nargs=-1, type=_Override())(function)
+
+
+def _artefact(name: str) -> click.Command:
+    """The command of one artefact; more of them may follow, between overrides."""
+
+    @click.argument("words", nargs=-1)
+    @click.option("-m", "--multirun", is_flag=True, help="Sweep: seed=0,1,2 gives three runs.")
+    def compute(words: Sequence[str], multirun: bool) -> None:
+        from . import commands
+
+        names = [name, *(word for word in words if "=" not in word)]
+        for other in names:
+            _require_known(other, list(ARTEFACTS))
+        overrides = [word for word in words if "=" in word]
+        check_keys(overrides)
+        commands.artefacts(names, *split_profile(overrides), sweep=multirun)
+
+    return click.command(name, help=f"{ARTEFACTS[name].title}.")(compute)
+
+
+def _require_known(name: str, valid: list[str]) -> None:
+    if name not in valid:
+        raise SsahError(f"Unknown artefact or command '{name}'{suggestion(name, valid)}")
+
+
+class _Group(click.Group):
+    """Commands, and behind them the artefacts."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ARTEFACTS:
+            return _artefact(cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        _require_known(args[0], [*ARTEFACTS, *self.commands])
+        return super().resolve_command(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Artefacts"):
+            formatter.write_dl([(a.id, a.title) for a in ARTEFACTS.values()])
+        with formatter.section("Overrides"):
+            formatter.write_text(
+                f"profile=laptop|smoke|paper, seed=1, n_seeds=3, groups ({', '.join(GROUPS)}) and "
+                "any key below them, such as attribution.tokens=all"
+            )
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def ssah() -> None:
+    """Runnable companion of Superficial Safety Alignment Hypothesis (ICLR 2026)."""
+    show_progress()
+
+
+@ssah.command()
+@_overrides
+def reproduce(overrides: Sequence[str]) -> None:
+    """Execute every notebook, then print the claims table."""
+    from . import commands
+
+    commands.reproduce(*split_profile(list(overrides)))
+
+
+@ssah.command()
+@click.argument("words", nargs=-1)
+def publish(words: Sequence[str]) -> None:
+    """Reproduce with more arms and seeds and publish that.
+
+    With names of notebooks or artefacts, measure these and add them to what is published.
+    """
+    from . import commands
+
+    names = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    check_keys(overrides)
+    profile, overrides = split_profile(overrides)
+    if names:
+        commands.publish_part(names, profile, overrides)
+    else:
+        commands.reproduce(profile, overrides, publishing=True)
+
+
+@ssah.command()
+@_overrides
+def plan(overrides: Sequence[str]) -> None:
+    """What there is to compute, how long it takes, and what is there."""
+    from . import commands
+
+    commands.plan(*split_profile(list(overrides)))
+
+
+@ssah.command()
+@_overrides
+def claims(overrides: Sequence[str]) -> None:
+    """Print the claims table of a finished run."""
+    from . import commands, report
+
+    report.print_claims(commands.results_of(*split_profile(list(overrides))))
+
+
+@ssah.command()
+@click.argument("name")
+@_overrides
+def notebook(name: str, overrides: Sequence[str]) -> None:
+    """Execute one notebook, such as 02_unit_roles."""
+    from . import commands
+
+    commands.notebook(name, *split_profile(list(overrides)))
+
+
+@ssah.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--text", required=True, help="Column of the completions.")
+@click.option(
+    "--label",
+    required=True,
+    help="Column of the labels: refused, evaded, answered, incoherent; or refusal and compliance.",
+)
+@click.option("--prompt", help="Column of the prompts (default: prompt, if it exists).")
+def judge(file: Path, text: str, label: str, prompt: str | None) -> None:
+    """How the judges agree with the labels in a CSV or JSONL file."""
+    from . import commands
+
+    commands.judge(file, text, label, prompt)
+
+
+@ssah.command()
+@click.argument("arm", required=False)
+@_overrides
+@click.option("--n", "count", type=click.IntRange(min=1), default=20, help="How many (20).")
+def read(arm: str | None, overrides: Sequence[str], count: int) -> None:
+    """Print random completions of a headline arm with their verdicts; without one, all names.
+
+    On a terminal only: they may be harmful.
+    """
+    from . import commands
+
+    if arm is not None and "=" in arm:  # no arm, an override
+        check_keys([arm])
+        overrides, arm = [arm, *overrides], None
+    commands.read(arm, count, *split_profile(list(overrides)))
+
+
+@ssah.command()
+@click.option("--fetch", is_flag=True, help="Download all of it.")
+def assets(fetch: bool) -> None:
+    """List the embedded model and data."""
+    from . import commands
+
+    commands.assets(fetch_all=fetch)
+
+
+@ssah.command()
+@_overrides
+def bench(overrides: Sequence[str]) -> None:
+    """Time attribution and each way to train, and their memory, in a quarter of an hour."""
+    from .bench import bench as measure
+
+    click.echo(measure(*split_profile(list(overrides))).read_text("utf-8"))
+
+
+@ssah.command(name="clean-cache")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clean_cache(yes: bool) -> None:
+    """Delete cached runs and downloads."""
+    runs = home() / "runs"
+    if not runs.exists():
+        click.echo(f"There is no {runs}.")
+    elif yes or click.confirm(f"Delete {runs}? Everything in it is computed again when needed."):
+        shutil.rmtree(runs)
+        click.echo(f"Deleted {runs}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Known errors become one sentence on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sentence, status = "", 1
+    try:
+        # Called with no word at all, click takes it for a mistake.
+        return ssah.main(words or ["--help"], prog_name="ssah", standalone_mode=False) or 0
+    except SsahError as error:
+        sentence = str(error)
+    except click.ClickException as error:
+        sentence = f"{error.format_message()} See ssah --help."
+    except click.Abort:
+        sentence, status = "interrupted; finished stages are kept, run the same again.", 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sentence = "no disk space is left: free some or point SSAH_HOME at another disk."
+    except MemoryError:
+        sentence = "out of memory: lower evaluate.batch_size and attribution.batch_size."
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        sentence = (
+            "the device is out of memory: lower evaluate.batch_size and attribution.batch_size, "
+            "or use runtime.device=cpu."
+        )
+    click.echo(f"ssah: {sentence}", err=True)
+    return status

@@ -1,0 +1,92 @@
+"""Execute the notebooks with papermill: checked parameters, and no half-written copies."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..artefacts import ARTEFACTS
+from ..core.errors import SsahError, suggestion
+from ..core.paths import project_root
+
+PARAMETERS = ("profile", "overrides", "only")
+
+
+def available() -> list[str]:
+    """Names of the notebooks that show artefacts, in reading order (the index comes last)."""
+    return list(dict.fromkeys(a.notebook for a in ARTEFACTS.values()))
+
+
+def execute(
+    name: str,
+    results: Path,
+    profile: str,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> Path:
+    """Run one notebook; the executed copy goes to ``results/notebooks``.
+
+    A failure keeps ``<name>.failed.ipynb`` for inspection and raises :class:`SsahError`.
+    """
+    try:
+        import papermill
+        from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    except ImportError as error:
+        raise SsahError("Notebooks need papermill: pip install 'ssah[notebooks]'.") from error
+
+    source = project_root() / "notebooks" / f"{name}.ipynb"
+    if not source.exists():
+        valid = sorted(p.stem for p in source.parent.glob("*.ipynb"))
+        raise SsahError(f"There is no notebook '{name}'{suggestion(name, valid)}")
+    declared = set(papermill.inspect_notebook(str(source)))
+    if declared != set(PARAMETERS):
+        raise SsahError(f"{source.name} declares {sorted(declared)}, not {list(PARAMETERS)}.")
+    folder = results / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, failed = folder / f"{name}.partial.ipynb", folder / f"{name}.failed.ipynb"
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(partial),
+            parameters={
+                "profile": profile,
+                "overrides": list(overrides),
+                "only": list(only),
+            },
+            kernel_name="python3",
+            cwd=str(source.parent),
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            execution_timeout=12 * 3600,
+            extra_arguments=["--log-level=40"],  # kernels warn of their own local ports
+        )
+    except BaseException as error:
+        if partial.exists():
+            partial.replace(failed)
+        if isinstance(error, papermill.PapermillExecutionError):
+            reason = f"{error.ename}: {error.evalue}"
+        elif isinstance(error, (CellTimeoutError, DeadKernelError)):
+            reason = str(error)
+        else:
+            raise
+        raise SsahError(f"{name} failed: {reason} (see {failed})") from error
+    failed.unlink(missing_ok=True)
+    _tidy(partial)
+    return partial.replace(folder / f"{name}.ipynb")
+
+
+def _tidy(path: Path) -> None:
+    """Drop what belongs to the execution only: progress lines, folders and times."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    nbformat.write(notebook, path)

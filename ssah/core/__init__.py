@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, paths, files, the run store, the process."""

@@ -1,0 +1,24 @@
+"""Exceptions that the command line turns into a single sentence, and the nearest valid word."""
+
+from __future__ import annotations
+
+import difflib
+
+
+class SsahError(RuntimeError):
+    """Bad input or a missing prerequisite; the message names the cause and the remedy."""
+
+
+class UnsupportedModelError(SsahError, ValueError):
+    """The model's architecture has no unit layout."""
+
+
+def suggestion(word: str, valid: list[str] | tuple[str, ...]) -> str:
+    """The end of an error sentence: the nearest valid word, or all of them where few."""
+    ends = [v for v in valid if v.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(word, valid, n=1)
+    if len(ends) == 1 or (ends and not near):  # esu_shares: the group was forgotten
+        near = ends[:1]
+    if near:
+        return f": did you mean '{near[0]}'?"
+    return f": choose from {', '.join(valid)}."

@@ -1,0 +1,58 @@
+"""What is shown while things run: stages as they start, and not the libraries' own bars."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+
+
+class _Clock(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin = time.monotonic()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"[{time.monotonic() - self._begin:6.0f} s] {record.getMessage()}"
+
+
+class _CurrentStderr(logging.Handler):
+    """Writes to what ``sys.stderr`` is now: notebooks and tests replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_progress() -> None:
+    """Print the package's messages on stderr; calling it again changes nothing."""
+    logger = logging.getLogger("ssah")
+    if logger.handlers:
+        return
+    handler = _CurrentStderr()
+    handler.setFormatter(_Clock())
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel."""
+    return "ipykernel" in sys.modules
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's progress bars and load reports."""
+    from transformers.utils import logging as hf_logging  # takes seconds to import
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Prompt and text sets: where they come from and how they are divided."""

@@ -1,0 +1,54 @@
+"""Where sets come from: published wheels, the user's files and hub sets, or a toy generator.
+
+Sets are built once, written to the run store as JSONL, and read from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import SsahError
+from ..core.paths import RESOURCES
+from ..core.store import Run, Store, file_digest
+from .embedded import embedded_sets
+from .own import arithmetic_rows, own_rows, toy_sets
+from .rows import Row, write_jsonl
+from .settings import DataConfig
+from .user_files import sets_from_files
+
+
+def build_sets(store: Store, config: DataConfig) -> Run:
+    """All sets of a source, as ``<set>.jsonl`` in one run."""
+    key: dict[str, Any] = {"version": 2, "config": dataclasses.asdict(config)}
+    key["resources"] = {p.name: file_digest(p) for p in sorted(RESOURCES.glob("*.json*"))}
+    sources: dict[str, Callable[[], dict[str, list[Row]]]] = {
+        "embedded": lambda: embedded_sets(store, config),
+        "toy": lambda: toy_sets(config),
+        "files": lambda: _own_beside(sets_from_files(config), config),
+    }
+    if config.source not in sources:
+        raise SsahError(f"data.source={config.source} is unknown: use {', '.join(sources)}.")
+    if config.source == "files":
+        key["files"] = {
+            name: file_digest(Path(spec["path"]))
+            for name, spec in config.files.items()
+            if spec and Path(spec["path"]).is_file()
+        }
+
+    def build(folder: Path) -> None:
+        for name, rows in sources[config.source]().items():
+            write_jsonl(folder / f"{name}.jsonl", rows)
+
+    return store.get("data", config.source, key, build)
+
+
+def _own_beside(sets: dict[str, list[Row]], config: DataConfig) -> dict[str, list[Row]]:
+    """The user's sets, and those that this project holds or generates where none is given."""
+    own = {
+        "borderline": own_rows("borderline_prompts"),
+        "arithmetic": arithmetic_rows(400, config.split_seed),
+    }
+    return own | sets

@@ -1,0 +1,1 @@
+"""The study's configuration, and its computations, each cached by content."""

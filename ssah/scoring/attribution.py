@@ -1,0 +1,160 @@
+"""Attribution scores (paper, eq. 1): how strongly each unit's channel varies on a data set.
+
+``I_j = Var_n(X_j) * ||W[:, j]||^2`` for every input channel j of an output projection ``B``,
+where X is what enters ``B``. Scores are z-standardised within each block and, for a unit of
+several channels, averaged over them. One forward pass over the data, no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..text.batches import Batch
+from ..units.layout import UnitLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+VarianceOver = Literal["token", "sample_mean"]
+
+
+class Moments:
+    """Running count, mean and sum of squared deviations for each channel.
+
+    Batches are merged by the update of Chan, Golub and LeVeque (1979) in float64, so the result
+    depends neither on the batch size nor on the order beyond rounding, and no ``E[x^2] - E[x]^2``
+    is ever formed. Memory is two vectors, whatever the number of samples.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.m2 = torch.zeros_like(self.mean)
+
+    def update(self, values: Tensor) -> None:
+        """Add observations ``[n, channels]``."""
+        n = values.shape[0]
+        if n == 0:
+            return
+        values = values.float()
+        # Centring on the first row keeps the float32 sums exact enough when |mean| >> std.
+        shift = values[0]
+        centred = values - shift
+        offset = centred.mean(0)
+        m2 = ((centred - offset) ** 2).sum(0).double()
+        mean = shift.double() + offset.double()
+        delta = mean - self.mean
+        total = self.count + n
+        self.mean += delta * (n / total)
+        self.m2 += m2 + delta**2 * (self.count * n / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased variance, float64 ``[channels]``."""
+        return self.m2 / max(self.count - 1, 1)
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """Mean and variance of what enters each output projection, by block: float64 ``[channels]``."""
+
+    mean: dict[str, Tensor]
+    variance: dict[str, Tensor]
+    observations: int
+
+    def save(self, path: Path) -> None:
+        tensors = {f"{name}/mean": t for name, t in self.mean.items()}
+        tensors |= {f"{name}/variance": t for name, t in self.variance.items()}
+        save_file(tensors | {"observations": torch.tensor([self.observations])}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> ActivationStatistics:
+        tensors = load_file(path)
+        observations = int(tensors.pop("observations"))
+        mean = {k.removesuffix("/mean"): t for k, t in tensors.items() if k.endswith("/mean")}
+        variance = {name: tensors[f"{name}/variance"] for name in mean}
+        return cls(mean, variance, observations)
+
+
+@torch.inference_mode()
+def collect_statistics(
+    model: PreTrainedModel,
+    layout: UnitLayout,
+    batches: Iterable[Batch],
+    variance_over: VarianceOver = "token",
+) -> ActivationStatistics:
+    """Stream batches through the model and gather each channel's mean and variance.
+
+    ``variance_over="token"`` takes every counted token as one observation (what the code of FLAP
+    computes); ``"sample_mean"`` takes each sample's mean over its counted tokens. Padding never
+    counts. The forward pass stops before the language-model head: logits are not needed.
+    Raises ``ValueError`` when no token was counted.
+    """
+    moments = {b.name: Moments(b.channels.numel(), model.device) for b in layout.blocks}
+    counted: Tensor | None = None
+
+    def hook_for(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert counted is not None
+            if variance_over == "token":
+                moments[name].update(args[0][counted])
+            else:
+                # In half precision neither the sum nor the number of tokens would be exact.
+                weight = counted.unsqueeze(-1).float()
+                total = (args[0].float() * weight).sum(1, dtype=torch.float64)
+                present = counted.any(1)
+                moments[name].update(total[present] / weight.sum(1)[present])
+
+        return hook
+
+    handles = [
+        b.projection(model).register_forward_pre_hook(hook_for(b.name)) for b in layout.blocks
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            counted = (batch.counted & batch.attention_mask.bool()).to(model.device)
+            attention = batch.attention_mask.to(model.device)
+            model.base_model(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=attention,
+                # Positions start at the first real token. Left to itself the model counts padding,
+                # which moves left-padded samples and the reach of length-dependent rotary scaling.
+                position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    observations = next(iter(moments.values())).count
+    if observations == 0:
+        raise ValueError("No token was counted: the responses of the attribution set are empty.")
+    return ActivationStatistics(
+        {name: m.mean.cpu() for name, m in moments.items()},
+        {name: m.variance.cpu() for name, m in moments.items()},
+        observations,
+    )
+
+
+def unit_scores(
+    model: PreTrainedModel, layout: UnitLayout, statistics: ActivationStatistics
+) -> dict[str, Tensor]:
+    """Eq. 1 for every unit, by block: float64 ``[units]``, z-standardised within the block."""
+    scores = {}
+    for block in layout.blocks:
+        weight = block.projection(model).weight.detach().double().cpu()
+        channel = statistics.variance[block.name] * (weight**2).sum(0)
+        standardised = (channel - channel.mean()) / channel.std().clamp(min=1e-12)
+        scores[block.name] = standardised[block.channels].mean(1)
+    return scores

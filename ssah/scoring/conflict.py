@@ -1,0 +1,64 @@
+"""Units through which a fine-tuning would hurt refusals: gradient conflict (not in the paper).
+
+The paper's rule ranks units by what they do in the aligned model, whatever it will be trained on.
+This one knows the training rows: it asks what a first step on them does to the loss of refusals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..text.batches import Batch
+from ..text.forward import scored_logits
+from ..units.layout import UnitLayout
+
+
+def gradient_conflict(
+    model: PreTrainedModel,
+    layout: UnitLayout,
+    training: Iterable[Batch],
+    safety: Iterable[Batch],
+) -> dict[str, Tensor]:
+    """How much a first step on ``training`` raises the loss of ``safety``, by unit.
+
+    By block, ``[units]``, float32 on the CPU: minus the sum over a unit's weights of the safety
+    loss's gradient times the sign of the training loss's gradient. To first order, and times the
+    rate, that is what Adam's first step on this unit alone does. Rows that heads share count for
+    each of them. The losses are of the counted tokens. The model is left as it was.
+    """
+    step = _gradients(model, layout, training)
+    hurt = _gradients(model, layout, safety)
+    return layout.totals({name: -hurt[name] * step[name].sign() for name in hurt})
+
+
+def _gradients(
+    model: PreTrainedModel, layout: UnitLayout, batches: Iterable[Batch]
+) -> dict[str, Tensor]:
+    """Gradients of the summed loss for every weight of the layout, float32 on the CPU."""
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    wanted = {part.parameter for block in layout.blocks for part in block.slices}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        chosen = {name: p for name, p in model.named_parameters() if name in wanted}
+        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
+        for batch in batches:
+            found = torch.autograd.grad(_loss(model, batch), list(chosen.values()))
+            for name, gradient in zip(chosen, found, strict=True):
+                total[name] += gradient
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+    return {name: gradient.cpu() for name, gradient in total.items()}
+
+
+def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Summed cross-entropy of the counted tokens."""
+    ids = batch.input_ids.to(model.device)
+    counted = (batch.counted & batch.attention_mask.bool())[:, 1:].to(model.device)
+    logits = scored_logits(model, ids, batch.attention_mask, counted)
+    return nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="sum")

@@ -1,0 +1,1 @@
+"""Training a part of a model while everything else keeps its bits, and ablation."""

@@ -1,0 +1,54 @@
+"""Which part of a model trains: everything, some units, all but some, or adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..units.layout import UnitLayout
+from ..units.mask import UnitMask
+from .checks import require_kept
+from .lora import adapters
+from .slicing import freeze_units, train_only
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Part:
+    """What trains; everything, unless units are named.
+
+    ``freeze``: all but these units. ``train``: these units alone. ``rank``: LoRA adapters of that
+    rank, everywhere or, with ``train``, only where they change these units.
+    """
+
+    freeze: UnitMask | None = None
+    train: UnitMask | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.freeze is not None and (self.train is not None or self.rank is not None):
+            raise ValueError("A part says what is frozen or what trains, not both.")
+
+    def training(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """A block in which this part of the model trains; adapters are drawn where it begins."""
+        if self.rank is not None:
+            return adapters(model, self.rank, self.train)
+        if self.train is not None:
+            return train_only(model, self.train)
+        if self.freeze is not None:
+            return freeze_units(model, self.freeze)
+        return nullcontext()
+
+    def require_kept(
+        self, model: PreTrainedModel, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    ) -> None:
+        """Raise :class:`RuntimeError` where only some units train and another weight changed."""
+        if self.train is not None:
+            layout = UnitLayout.of(model, self.train.unit_kind)
+            require_kept(layout, self.train, before, after)

@@ -1,0 +1,194 @@
+"""Supervised fine-tuning with the Hugging Face Trainer: deterministic and resumable."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..core.progress import quiet
+from ..core.runtime import seed_everything
+from ..text.batches import pad
+from ..text.forward import scored_logits
+from .settings import TrainingConfig
+
+
+class ResponseTrainer(Trainer):
+    """A Trainer whose loss is the mean over response tokens, with logits computed only there.
+
+    On a small model with a large vocabulary the head is a third of the work, and half of the
+    positions are prompt. Gradients are those of the usual loss. Rows marked ``anchored`` have no
+    right answer to learn: their loss is the divergence KL(reference || model) at each response
+    token, times ``anchor_weight``, which holds the model where ``reference`` is.
+    """
+
+    reference: PreTrainedModel | None = None
+    anchor_weight: float = 1.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise NotImplementedError("This trainer computes losses only.")
+        target = inputs["labels"][:, 1:]
+        scored = target != -100
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        logits = scored_logits(self.accelerator.unwrap_model(model), ids, attention, scored)
+        anchored = inputs.get("anchored", torch.zeros(len(target), dtype=torch.bool))
+        rows = scored.nonzero()[:, 0]
+        soft = anchored.to(rows.device)[rows]
+        total = nn.functional.cross_entropy(logits[~soft], target[scored][~soft], reduction="sum")
+        if soft.any():
+            assert self.reference is not None
+            with torch.no_grad():
+                part = ids[anchored], attention[anchored], scored[anchored]
+                wanted = scored_logits(self.reference, *part).log_softmax(-1)
+            total = total + self.anchor_weight * nn.functional.kl_div(
+                logits[soft].log_softmax(-1), wanted, reduction="sum", log_target=True
+            )
+        return total / (num_items_in_batch if num_items_in_batch is not None else scored.sum())
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a training run did."""
+
+    steps: int
+    final_loss: float  #: mean training loss (nats per response token) over the last quarter
+    trainable_parameters: int  #: of layers of which little is frozen, all
+    epoch_losses: tuple[float, ...]  #: the same, of the last quarter of each epoch
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` (-100 off the response).
+
+    Where any row is ``anchored``, also which rows are.
+    """
+    ids = [row["prompt"] + row["response"] for row in rows]
+    labels = [[-100] * len(row["prompt"]) + row["response"] for row in rows]
+    batch = {
+        "input_ids": pad(ids, 0),
+        "attention_mask": pad([[1] * len(i) for i in ids], 0),
+        "labels": pad(labels, -100),
+    }
+    anchored = torch.tensor([row.get("anchored", False) for row in rows])
+    return batch | ({"anchored": anchored} if anchored.any() else {})
+
+
+class _EachEpoch(TrainerCallback):
+    """Calls back with the number of epochs done, before the checkpoint that says so is written.
+
+    No checkpoint is written at the end, where nothing is left to resume.
+    """
+
+    def __init__(self, act: Callable[[int], None] | None):
+        self.act = act
+
+    def on_epoch_end(self, args, state, control, **rest):
+        if self.act is not None:
+            self.act(round(state.epoch))
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
+def supervised_finetune(
+    model: PreTrainedModel,
+    dialogues: Sequence[tuple[list[int], list[int]]],
+    config: TrainingConfig,
+    seed: int,
+    folder: Path,
+    anchors: Sequence[tuple[list[int], list[int]]] = (),
+    reference: PreTrainedModel | None = None,
+    *,
+    anchor_weight: float = 1.0,
+    constant_rate: bool = False,
+    on_epoch: Callable[[int], None] | None = None,
+) -> TrainingRecord:
+    """Fine-tune in place on (prompt ids, response ids), resuming from a checkpoint in ``folder``.
+
+    On ``anchors`` the model is held to the distribution of ``reference`` instead. The rate falls
+    linearly unless it is constant. A checkpoint is written after each epoch but the last, after a
+    call of ``on_epoch(epochs done)``, and removed at the end. Embeddings (and a tied language-model
+    head) train only with ``config.train_embeddings``. Units stay frozen inside
+    :func:`ssah.training.slicing.freeze_units`.
+    """
+    seed_everything(seed)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not config.train_embeddings:
+            embedding.requires_grad_(False)
+    rows: list[dict[str, Any]] = [{"prompt": p, "response": r} for p, r in dialogues]
+    rows += [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
+    work = folder / "trainer"
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=max(config.batch_size // config.micro_batch_size, 1),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if constant_rate else "linear",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=config.max_grad_norm,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        use_cpu=model.device.type == "cpu",
+        use_cache=True,  # it is the saved model's setting; the loss asks for no cache by itself
+    )
+    trainer = ResponseTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[_EachEpoch(on_epoch)],
+    )
+    trainer.reference, trainer.anchor_weight = reference, anchor_weight
+    if not sys.stderr.isatty():
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+    with quiet():
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    shutil.rmtree(work, ignore_errors=True)
+    model.eval()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    steps = len(losses) // config.epochs
+    by_epoch = [losses[start : start + steps] for start in range(0, len(losses), steps)]
+    return TrainingRecord(
+        trainer.state.global_step,
+        _last_quarter(losses),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tuple(map(_last_quarter, by_epoch)),
+    )
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The last one that was written to its end; a kill may have left half of another."""
+    for folder in work.glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").exists():  # the last file to be written
+            shutil.rmtree(folder)
+    return get_last_checkpoint(str(work)) if work.exists() else None
+
+
+def _last_quarter(losses: Sequence[float]) -> float:
+    tail = losses[-max(len(losses) // 4, 1) :]
+    return sum(tail) / len(tail)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """A plain checkpoint that ``from_pretrained`` reads."""
+    with quiet(), torch.no_grad():
+        model.save_pretrained(folder)
