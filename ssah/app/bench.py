@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..core.files import write_atomically
-from ..core.runtime import peak_memory_mib, provenance, seed_everything
+from ..core.runtime import commit, peak_memory_mib, provenance, seed_everything
+from ..lab.load import load_model
 from ..scoring.attribution import collect_statistics
 from ..scoring.selectors import magnitude_units, random_units, sized
 from ..text.batches import dialogue_batches
@@ -49,7 +50,7 @@ def bench(profile: str, overrides: Sequence[str]) -> Path:
         f"One AdamW step on {ROWS} x {TOKENS} tokens. Ratios: median and range of {PAIRS} pairs "
         "with a full step beside it; peak memory: of a process of its own.\n\n"
         f"{attribution(profile, overrides)}\n\n"
-        f"Profile {stamp['profile']}, model {stamp['model']}, commit {stamp['commit']}, "
+        f"Profile {stamp['profile']}, model {stamp['model']}, commit {commit()}, "
         f"{machine}."
     )
     write_atomically(table.with_suffix(".csv"), lambda p: costs.to_csv(p, index=False))
@@ -64,12 +65,11 @@ def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) ->
     Both run the same batches without the language-model head; the statistics' memory depends on
     the model's width alone.
     """
-    stages = Study(profile, overrides).all_stages[0]
-    rows = stages.rows("heldout_text")[:32]
-    pairs = [encode_dialogue(stages.tokenizer, r.prompt, r.response or "") for r in rows]
-    batches = list(dialogue_batches(pairs, stages.config.attribution.batch_size))
-    model = stages.model("unaligned")
-    layout = stages.layout_of(model)
+    lab = Study(profile, overrides).labs[0]
+    rows = lab.rows("heldout_text")[:32]
+    pairs = [encode_dialogue(lab.tokenizer, r.prompt, r.response or "") for r in rows]
+    batches = list(dialogue_batches(pairs, lab.config.attribution.batch_size))
+    model, layout = load_model(lab.given, lab.config.model, lab.device), lab.layout
 
     def plain() -> None:
         with torch.inference_mode():
@@ -176,16 +176,16 @@ class Training:
 @contextmanager
 def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Training]:
     """Inside the block the model can be trained that way."""
-    stages = Study(profile, overrides).all_stages[0]
+    lab = Study(profile, overrides).labs[0]
     seed_everything(0)
-    model = stages.model("unaligned").train()
+    model = load_model(lab.given, lab.config.model, lab.device).train()
     model.get_input_embeddings().requires_grad_(False)
     model.get_output_embeddings().requires_grad_(False)
     ids = torch.randint(3, model.config.vocab_size, (ROWS, TOKENS), device=model.device)
     scored = torch.zeros(ROWS, TOKENS - 1, dtype=torch.bool, device=model.device)
     scored[:, TOKENS // 2 :] = True  # half prompt, half response
     attention = torch.ones_like(ids)
-    with WAYS[name](stages.layout_of(model), model):
+    with WAYS[name](lab.layout, model):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
         def step() -> None:

@@ -100,22 +100,12 @@ def reproduce(overrides: Sequence[str]) -> None:
 
 
 @ssah.command()
-@click.argument("words", nargs=-1)
-def publish(words: Sequence[str]) -> None:
-    """Reproduce with more arms and seeds and publish that.
-
-    With names of notebooks or artefacts, measure these and add them to what is published.
-    """
+@_overrides
+def publish(overrides: Sequence[str]) -> None:
+    """Reproduce with more arms and seeds and publish that."""
     from . import commands
 
-    names = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
-    check_keys(overrides)
-    profile, overrides = split_profile(overrides)
-    if names:
-        commands.publish_part(names, profile, overrides)
-    else:
-        commands.reproduce(profile, overrides, publishing=True)
+    commands.reproduce(*split_profile(list(overrides)), publishing=True)
 
 
 @ssah.command()
@@ -125,6 +115,45 @@ def plan(overrides: Sequence[str]) -> None:
     from . import commands
 
     commands.plan(*split_profile(list(overrides)))
+
+
+@ssah.command()
+@click.argument("number", type=int)
+@_overrides
+def run(number: int, overrides: Sequence[str]) -> None:
+    """Compute one job of the plan, by its number."""
+    from . import commands
+
+    commands.run_job(number, *split_profile(list(overrides)))
+
+
+@ssah.command()
+@_overrides
+@click.option("--cluster", type=click.Choice(["local", "slurm"]), help="Default: SLURM if there.")
+@click.option("--set", "settings", multiple=True, help="submitit's, such as slurm_partition=gpu.")
+def submit(overrides: Sequence[str], cluster: str | None, settings: Sequence[str]) -> None:
+    """Compute all jobs of the plan on a cluster, or as processes of this machine."""
+    from .cluster import submit as send
+
+    chosen = dict(_setting(text) for text in settings)
+    send(*split_profile(list(overrides)), cluster, chosen)
+
+
+def _setting(text: str) -> tuple[str, int | str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise SsahError(f"--set {text}: name=value, such as slurm_partition=gpu.")
+    return name, int(value) if value.isdigit() else value
+
+
+@ssah.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where it goes.")
+def merge(folders: Sequence[Path], out: Path) -> None:
+    """Put the measurements of several results folders into one."""
+    from . import commands
+
+    commands.merge(folders, out)
 
 
 @ssah.command()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..artefacts import ARTEFACTS
-from ..artefacts.render import merge_rows
 from ..claims.table import claims_table, styled, update_claims
+from ..core.errors import SsahError
 from ..core.files import write_atomically
 from ..core.paths import project_root, results_root
+from ..core.runtime import is_known
+from ..lab.table import read_table
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>ssah: {{ title }}</title>
@@ -76,7 +77,11 @@ def write_index(results: Path) -> Path:
 
 
 def publish(results: Path) -> None:
-    """Make a finished run the published one, and refresh the numbers in README and docs."""
+    """Make a finished run the published one, and refresh the numbers in README and docs.
+
+    Raises :class:`SsahError` where a number was measured by code that is not in the repository.
+    """
+    require_known_commits(read_table(results))
     published = results_root() / "published"
     fresh = published.with_name("published.partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -85,35 +90,33 @@ def publish(results: Path) -> None:
         shutil.copy(source, fresh / "tables")
     shutil.rmtree(published, ignore_errors=True)
     fresh.replace(published)
-    _refresh(published)
+    refresh_published()
 
 
-def publish_part(results: Path, artefacts: Sequence[str], notebooks: Sequence[str]) -> None:
-    """Put some artefacts (or ``bench``) and executed notebooks into the published run.
+def require_known_commits(table: pd.DataFrame) -> None:
+    """Raise :class:`SsahError` unless every commit of a table is one of this repository's."""
+    for commit in sorted({name for text in table["commits"] for name in text.split()}):
+        if not is_known(commit):
+            rows = int(table["commits"].str.contains(commit, regex=False).sum())
+            raise SsahError(
+                f"{rows} numbers were measured at commit {commit}, which is not in the repository "
+                "(a + means uncommitted changes): commit, run `ssah clean-cache` for the stages "
+                "that changed, and measure again."
+            )
 
-    All others stay. So do the times: those of a part say nothing about what its artefacts share
-    with others.
-    """
+
+def publish_bench(results: Path) -> None:
+    """Put a benchmark's table into the published run."""
     published = results_root() / "published"
-    for name in artefacts:
-        for source in results.glob(f"*/{name}.*"):
-            _copy(source, published / source.relative_to(results))
-    measured = [name for name in artefacts if name in ARTEFACTS]
-    if measured:
-        metrics = pd.read_csv(results / "metrics.csv", dtype={"seed": str})
-        for name in measured:
-            merge_rows(published / "metrics.csv", metrics[metrics["artefact"] == name], name)
-    for name in notebooks:
-        _copy(*(folder / "notebooks" / f"{name}.ipynb" for folder in (results, published)))
-    _refresh(published)
+    for source in results.glob("tables/bench.*"):
+        target = published / "tables" / source.name
+        write_atomically(target, functools.partial(shutil.copy, source))
+    refresh_texts()
 
 
-def _copy(source: Path, target: Path) -> None:
-    write_atomically(target, lambda path: shutil.copy(source, path))
-
-
-def _refresh(published: Path) -> None:
+def refresh_published() -> None:
     """What is made out of all published numbers."""
+    published = results_root() / "published"
     update_claims(published)
     write_index(published)
     refresh_texts()
@@ -123,19 +126,27 @@ def refresh_texts() -> None:
     """Fill the generated blocks of the README and of docs/reproduction.md."""
     claims = claims_table(results_root() / "published")
     _fill("README.md", "claims", claims[["text", "unit", "paper", "published", "verdict"]])
-    rows = [
-        {
-            "artefact": name,
-            "cold, alone": _minutes(time.alone),
-            "cold, after those above": _minutes(time.added),
-            "warm": f"{time.warm:.0f} s",
-        }
-        for name, time in timings().items()
-    ]
-    _fill("docs/reproduction.md", "times", pd.DataFrame(rows))
+    _fill("docs/reproduction.md", "times", times(results_root() / "published"))
     costs = results_root() / "published" / "tables" / "bench.csv"
     if costs.exists():
         _fill("docs/reproduction.md", "costs", pd.read_csv(costs, dtype=str).fillna(""))
+
+
+def times(results: Path) -> pd.DataFrame:
+    """Minutes a seed that each artefact of a run took, alone and where everything is cached."""
+    path = results / "times.csv"
+    known = pd.read_csv(path).set_index("artefact") if path.exists() else pd.DataFrame()
+    return pd.DataFrame(
+        [
+            {
+                "artefact": name,
+                "cold, alone": _minutes(known.loc[name, "cold_seconds"] / known.loc[name, "seeds"]),
+                "warm": f"{known.loc[name, 'warm_seconds'] / known.loc[name, 'seeds']:.0f} s",
+            }
+            for name in ARTEFACTS
+            if name in known.index
+        ]
+    )
 
 
 def _minutes(seconds: float) -> str:
@@ -150,29 +161,3 @@ def _fill(name: str, block: str, table: pd.DataFrame) -> None:
     tail = rest.split(end)[1]
     text = f"{head}{begin}\n{table.to_markdown(index=False)}\n{end}{tail}"
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds a seed that an artefact took when it was published."""
-
-    alone: float  #: where nothing is cached
-    added: float  #: where the artefacts before it are there
-    warm: float  #: where everything is
-
-
-def timings() -> dict[str, Time]:
-    """By artefact, in their order; empty where nothing is published."""
-    path = results_root() / "published" / "timings.csv"
-    if not path.exists():
-        return {}
-    frame = pd.read_csv(path, dtype={"seeds": str}).set_index("artefact")
-    if "added_seconds" not in frame:  # published by an earlier version
-        return {}
-    times = {}
-    for name in ARTEFACTS:
-        if name in frame.index:
-            row = frame.loc[name]
-            parts = (row["seconds"], row["added_seconds"], row["warm_seconds"])
-            times[name] = Time(*(part / len(row["seeds"].split()) for part in parts))
-    return times

@@ -1,4 +1,4 @@
-"""A study: one configuration, its seeds, and the artefacts that notebooks show."""
+"""A study: one configuration, its seeds, what it measures, and the artefacts that it shows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
-from ..artefacts import Artefact, find
-from ..artefacts.render import write_output, write_times
+from ..artefacts import ARTEFACTS, Artefact, find
 from ..claims.table import claims_table, styled, update_claims
-from ..core.errors import SsahError
 from ..core.paths import home, results_root
 from ..core.progress import in_notebook, show_progress
-from ..core.runtime import commit
 from ..core.store import Store, digest
 from ..lab.config import Config, compose
-from ..lab.stages import Stages
+from ..lab.jobs import FIRST, Job, jobs_of
+from ..lab.lab import Lab
+from ..lab.measure import Measure, collect, measured
+from ..lab.table import merged, read_table, typed, updated, write_table
+from .write import write_output, write_times
+
+#: Measured for more seeds than the others where ``headline_seeds`` says so.
+HEADLINE = ("table1", "table2")
 
 
 class Study:
-    """Profile and Hydra overrides, composed; stages by seed; where results go.
+    """Profile and Hydra overrides, composed; a lab for each seed; where results go.
 
     ``only`` restricts :meth:`show` to some artefacts (all where empty). Results go to
     ``results/<profile>``, or with overrides to ``results/<profile>/<overrides>``, so that runs of
@@ -51,47 +54,32 @@ class Study:
         if self.config.runtime.threads:
             torch.set_num_threads(self.config.runtime.threads)
 
-    @property
-    def seeds(self) -> list[int]:
-        return list(range(self.config.seed, self.config.seed + self.config.n_seeds))
-
-    @property
-    def headline_stages(self) -> list[Stages]:
-        """Of Table 1 and the main attack of Table 2, which may be measured for more seeds."""
-        count = max(self.config.n_seeds, self.config.headline_seeds)
-        return [self.stages(self.config.seed + i) for i in range(count)]
-
-    @functools.cache  # noqa: B019 - one study lives as long as its process
-    def stages(self, seed: int) -> Stages:
-        """The stages of one seed; what is loaded or read stays in memory."""
-        return Stages(self.config, self.store, seed)
-
-    @property
-    def all_stages(self) -> list[Stages]:
-        return [self.stages(seed) for seed in self.seeds]
-
-    @property
-    def stamp(self) -> dict[str, Any]:
-        """What every artefact says about its origin."""
-        return {
-            "profile": self.config.name,
-            "model": self.config.model.name,
-            "seeds": " ".join(map(str, self.seeds)),
-            "overrides": " ".join(self.overrides),
-            "config": digest(asdict(self.config))[:10],
-            "commit": commit(),
-        }
-
     @functools.cached_property
-    def earlier(self) -> pd.DataFrame | None:
-        """All metrics of the run that this one adds to, ``seed`` as text; None where it adds to
-        none."""
-        if self.config.add_to is None:
-            return None
-        path = results_root() / self.config.add_to / "metrics.csv"
-        if not path.exists():
-            raise SsahError(f"add_to={self.config.add_to}: there is no {path} to add to.")
-        return pd.read_csv(path, dtype={"seed": str, "seeds": str})
+    def labs(self) -> list[Lab]:
+        """One for each seed; those after the first ``n_seeds`` for the headline alone."""
+        count = max(self.config.n_seeds, self.config.headline_seeds)
+        return [Lab(self.config, self.store, self.config.seed + i) for i in range(count)]
+
+    def asked(self, artefacts: Sequence[Artefact]) -> list[tuple[Lab, list[Measure]]]:
+        """What some artefacts ask, seed by seed; the same question once."""
+        found = []
+        for lab in self.labs:
+            wanted = [a for a in artefacts if not lab.only_headline or a.id in HEADLINE]
+            measures = [measure for artefact in wanted for measure in artefact.ask(lab)]
+            found.append((lab, list(dict.fromkeys(measures))))
+        return found
+
+    def collect(self, artefacts: Sequence[Artefact] = tuple(ARTEFACTS.values())) -> None:
+        """Compute what these artefacts ask, all of it together: each model is trained once."""
+        for lab, measures in self.asked(artefacts):
+            collect(lab, measures)
+
+    def jobs(self) -> list[Job]:
+        """Everything that there is to compute, in parts that can run apart; those that others need
+        come first."""
+        asked = self.asked(tuple(ARTEFACTS.values()))
+        found = [job for lab, measures in asked for job in jobs_of(lab, measures)]
+        return sorted(found, key=lambda job: job.name != FIRST)
 
     def show(self, artefact: str) -> Any:
         """Compute (or read) an artefact, write its files, and return its table or figure.
@@ -101,28 +89,37 @@ class Study:
         found = find(artefact)
         if self.only and artefact not in self.only:
             return None
-        return produce(self, found)
+        return self._produce(found)
+
+    def _produce(self, artefact: Artefact) -> Any:
+        start = time.monotonic()
+        parts, used = [], set()
+        for lab, measures in self.asked([artefact]):
+            table, keys = measured(lab, measures)
+            parts.append(table)
+            used |= keys
+        own = merged(parts) if any(len(part) for part in parts) else typed(pd.DataFrame())
+        output = artefact.view(own, self.config)
+        write_output(self, artefact, output, own)
+        write_table(updated(read_table(self.results), own), self.results)
+        write_times(self, artefact, used, time.monotonic() - start)
+        update_claims(self.results)
+        return output.figure if output.figure is not None else output.table
 
     def claims(self, artefact: str | None = None) -> Any:
         """The claims table, or its rows that rest on one artefact."""
         table = claims_table(self.results)
         return styled(table if artefact is None else table[table["artefact"] == artefact])
 
-
-def produce(study: Study, artefact: Artefact) -> pd.DataFrame | Figure:
-    """Run an artefact's function and write its files, metrics and claims."""
-    store = study.store
-    store.touched.clear()
-    start, built = time.monotonic(), store.built_seconds
-    output = artefact.compute(study)
-    warm = time.monotonic() - start - (store.built_seconds - built)
-    write_output(study, artefact, output)
-    runs = {run.key: run.seconds for run in store.touched.values()}
-    write_times(study, artefact, runs, warm)
-    update_claims(study.results)
-    shown = output.figure if output.figure is not None else output.table
-    assert shown is not None
-    return shown
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What this run is called."""
+        return {
+            "profile": self.config.name,
+            "model": self.config.model.name,
+            "overrides": " ".join(self.overrides),
+            "config": digest(asdict(self.config))[:10],
+        }
 
 
 def slug(overrides: Sequence[str]) -> str:

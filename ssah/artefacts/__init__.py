@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..core.errors import SsahError, suggestion
 
@@ -12,72 +13,45 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from ..app.study import Study
-    from ..evaluate.stats import Estimate
+    from ..lab.config import Config
+    from ..lab.lab import Lab
+    from ..lab.measure import Measure
 
 
 @dataclass
 class Output:
-    """What an artefact's function returns.
-
-    ``table`` is for reading (formatted); ``metrics`` are the numbers, one row each, with arm,
-    metric, seed, value, low, high and n.
-    """
+    """What a view makes of the measurements: a table or a figure, and what a reader must know."""
 
     note: str
     table: pd.DataFrame | None = None
     figure: Figure | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, arm: str, metric: str, seed: int | str, estimate: Estimate) -> None:
-        self.metrics.append({"arm": arm, "metric": metric, "seed": seed, **asdict(estimate)})
-
-    def frame(self, study: Study, artefact: str) -> pd.DataFrame:
-        """The metrics, with their origin (:attr:`Study.stamp`).
-
-        With ``add_to``, those of the earlier run that were not measured now for an arm and seed
-        come behind them, with the origin that they have there. Another profile's or model's
-        numbers are an :class:`SsahError`.
-        """
-        import pandas as pd
-
-        own = pd.DataFrame(self.metrics, columns=COLUMNS).assign(**study.stamp)
-        if study.earlier is None:
-            return own
-        earlier = study.earlier[study.earlier["artefact"] == artefact].drop(columns="artefact")
-        for what in ("profile", "model"):
-            others = set(earlier[what]) - {study.stamp[what]}
-            if others:
-                raise SsahError(
-                    f"add_to={study.config.add_to} holds {artefact} of {what} {min(others)}, which "
-                    f"cannot be added to that of {study.stamp[what]}."
-                )
-        known = earlier[~_measurement(earlier).isin(_measurement(own))]
-        return pd.concat([own.astype({"seed": str}), known], ignore_index=True)
-
-
-#: Of :attr:`Output.metrics`.
-COLUMNS = ["arm", "metric", "seed", "value", "low", "high", "n"]
-
-
-def _measurement(frame: pd.DataFrame) -> pd.Series:
-    """What a row measures: arm, metric and seed, whatever the random draw."""
-    seed = frame["seed"].astype(str).str.split(".").str[0]
-    return frame["arm"] + "\n" + frame["metric"] + "\n" + seed
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A figure or table of the paper, or one that it lacks."""
+    """A figure or table of the paper, or one that it lacks.
+
+    Its module holds ``ask_<id>(lab)``, the measures that it needs, and ``<id>(table, config)``, a
+    view of the table of measurements.
+    """
 
     id: str
     title: str
     notebook: str
     module: str  #: of this package; it holds a function named like the artefact
 
-    def compute(self, study: Study) -> Output:
-        """Call the function; its module is imported only now, to keep the command line quick."""
-        return getattr(import_module(f".{self.module}", __name__), self.id)(study)
+    def ask(self, lab: Lab) -> list[Measure]:
+        """What has to be measured for it, in one seed."""
+        return getattr(self._module, f"ask_{self.id}")(lab)
+
+    def view(self, table: pd.DataFrame, config: Config) -> Output:
+        """The figure or table, of what was measured."""
+        return getattr(self._module, self.id)(table, config)
+
+    @property
+    def _module(self) -> ModuleType:
+        """Imported only now, to keep the command line quick."""
+        return import_module(f".{self.module}", __name__)
 
 
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
@@ -104,7 +78,7 @@ ARTEFACTS = {
         Artefact("fig13", "What becomes of the ESU", TRANSFER, "transfer"),
         Artefact("table2", "Freezing, instructions", FREEZING, "freezing"),
         Artefact("table13", "Freezing, arithmetic", FREEZING, "freezing"),
-        Artefact("table3", "Utility after fine-tuning", FREEZING, "table3"),
+        Artefact("table3", "Utility after fine-tuning", FREEZING, "freezing"),
         Artefact("fig8", "How much to freeze", FREEZING, "freezing_figures"),
         Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures"),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),

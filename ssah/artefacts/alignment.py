@@ -2,154 +2,225 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..lab.budget_arms import RANDOM, RU, WHOLE
+from ..core.errors import SsahError
+from ..lab import catalogue
+from ..lab.arms import Arm
+from ..lab.catalogue import ALL_UNITS, by_the_papers_rule
+from ..lab.config import Config
+from ..lab.lab import Lab
+from ..lab.measure import Measure
+from ..lab.metrics.behaviour import PREFIX
+from ..lab.stages.lessons import MAIN_ATTACK
+from ..lab.units_of import RU
 from . import Output
-from .budget_measures import START, measured_arms
-from .render import COLOURS, STYLE, ShownFigure
-from .summary import arm_rows, paper_rows, pooled
+from .draw import COLOURS, STYLE, ShownFigure, format_estimate
+from .freezing import name_of
+from .pick import arms_of, estimate, paper_rows
 
-if TYPE_CHECKING:
-    from ..app.study import Study
-
-#: Column of the table -> (metric, digits)
-_COLUMNS: dict[str, tuple[str, int]] = {
-    "weights %": ("trained_weights", 1),
-    "training loss": ("training_loss", 2),
-    "held-out gain": ("heldout_gain", 2),
-    "ASR": ("asr", 1),
-    "no refusal phrase": ("not_refused", 1),
-    "ASR HarmBench": ("asr_harmbench", 1),
-    "ASR Do-Not-Answer": ("asr_do_not_answer", 1),
-    "ASR, prefix": ("asr_prefix", 1),
-    "ASR, attacked": ("asr_attacked", 1),
-    "benign refused": ("refused_benign_evaluation", 1),
-    "borderline refused": ("refused_borderline", 1),
-    "perplexity": ("perplexity", 2),
-    "accuracy change": ("accuracy_change", 1),
-    "drift": ("drift", 3),
-    "optimizer MiB": ("optimizer_mib", 0),
-}
+#: How comparisons are called.
+GIVEN_MODEL, WHOLE, RANDOM = "unaligned", "all units", "random"
 
 
-def no_pair(study: Study) -> str:
+def no_pair(config: Config) -> str:
     """Why nothing is measured here, where the model came aligned; empty where it did not."""
-    if study.config.align.enabled:
+    if config.align.enabled:
         return ""
     return (
-        f"Not measured here: {study.config.model.name} came aligned, and this needs an unaligned "
-        "model, such as a pretrained one, with `align=refusals`."
+        f"Not measured here: {config.model.name} came aligned, and this needs an unaligned model, "
+        "such as a pretrained one, with `align=refusals`."
     )
 
 
-def table4(study: Study) -> Output:
+# --- what is asked ---------------------------------------------------------------------------
+
+
+def ask_fig_budget(lab: Lab) -> list[Measure]:
+    """Safety, utility and drift of every arm, and safety after an attack on it."""
+    if not lab.config.align.enabled:
+        return []
+    given, *_ = catalogue.unaligned(lab)
+    arms = _chosen(lab, catalogue.budget_arms(lab))
+    asked = _ask_arm(lab, given) + _ask_tax(given, given)
+    for arm in arms:
+        asked += _ask_arm(lab, arm) + _ask_tax(arm, given)
+        asked.append(Measure(arm, "training"))
+        asked.append(Measure(catalogue.attacked(lab, arm), "ASR"))
+    whole = arms[0] if arms and arms[0].rule == ALL_UNITS else None
+    for arm in arms:
+        others = [] if whole is None or arm is whole else [(whole, WHOLE)]
+        same = [a for a in arms if (a.rule, a.like) == ("random", RU) and a.setting == arm.setting]
+        if arm.rule == RU:
+            others += [(other, RANDOM) for other in same]
+        for other, than in others:
+            asked += [Measure(arm, m, "", other, than) for m in ("ASR", "drift", "accuracy")]
+            own, theirs = catalogue.attacked(lab, arm), catalogue.attacked(lab, other)
+            asked.append(Measure(own, "ASR", "", theirs, than))
+    return asked
+
+
+def ask_table4(lab: Lab) -> list[Measure]:
+    """The same; and the paper's own setting, where the unaligned model learns harmless rows."""
+    asked = ask_fig_budget(lab)
+    if not asked or lab.seed not in lab.config.budget.more_seeds:
+        return asked
+    (given,) = catalogue.unaligned(lab)
+    for attack in lab.config.budget.instructions:
+        for arms in catalogue.instruction_arms(lab, attack):
+            arm = by_the_papers_rule(arms) if arms[0].rule != ALL_UNITS else arms[0]
+            asked += [Measure(arm, "ASR"), Measure(arm, "training"), *_ask_tax(arm, given)]
+            asked.append(Measure(arm, "held-out gain", attack, given, GIVEN_MODEL))
+    return asked
+
+
+def _ask_arm(lab: Lab, arm: Arm) -> list[Measure]:
+    """Attack success and over-refusal of one model."""
+    asked = [Measure(arm, "ASR"), Measure(arm, "no refusal phrase"), Measure(arm, "ASR", PREFIX)]
+    for name, prompts in (("HarmBench", "harmbench"), ("Do-Not-Answer", "do_not_answer")):
+        if lab.has(prompts):
+            asked.append(Measure(arm, "ASR", name))
+    return asked + [Measure(arm, "refused", on) for on in ("benign", "borderline")]
+
+
+def _ask_tax(arm: Arm, given: Arm) -> list[Measure]:
+    """Utility of one model, and how far it is from the unaligned one."""
+    asked = [Measure(arm, metric) for metric in ("accuracy", "perplexity", "drift")]
+    asked += [Measure(arm, m, "", given, GIVEN_MODEL) for m in ("accuracy", "perplexity")]
+    return asked
+
+
+def _chosen(lab: Lab, arms: list[Arm]) -> list[Arm]:
+    """All arms, or those that the configuration names."""
+    wanted = lab.config.budget.arms
+    names = [name_of(arm.columns()) for arm in arms]
+    unknown = set(wanted) - set(names)
+    if unknown:
+        raise SsahError(
+            f"budget.arms: '{min(unknown)}' is no arm of seed {lab.seed}, which has "
+            f"{'; '.join(names)} (budget.longer_seeds and budget.more_seeds add others)."
+        )
+    return [arm for arm, name in zip(arms, names, strict=True) if not wanted or name in wanted]
+
+
+# --- what is shown ---------------------------------------------------------------------------
+
+
+def table4(table: pd.DataFrame, config: Config) -> Output:
     """Aligning through RU, through everything, and through other parts (Table 4)."""
-    if no_pair(study):
-        return Output(note=no_pair(study), table=_paper_rows())
-    config = study.config
-    output = Output(
-        note=f"The unaligned model is aligned through a part of its units: RU are the "
-        f"{100 * config.budget.share:g} % of units with the lowest I_U in the unaligned model, "
-        "random ones as many. Everything else keeps its bits, which is checked after each "
-        "training. Same rows, rate and epochs as the whole model, unless 'twice the epochs' (the "
-        "paper's rule) or '3 x the rate'. ASR: harmful prompts that are answered; no refusal "
-        "phrase: the paper's measure; prefix: with the request to start with an answer; attacked: "
-        "after one epoch of harmless fine-tuning, on instructions. Accuracy "
-        "change: trivia and arithmetic, points against the unaligned model on the same items. "
-        "Drift: KL from the unaligned model on benign prompts, nats per token. Optimizer: AdamW's "
-        "two moments in float32; `make bench` has seconds and memory. The paper aligns with "
-        "instructions and reports no safety: rows that begin with the name of a set, such as "
-        "arithmetic, are the unaligned model after learning from those harmless rows by the "
-        "paper's rule for epochs, and the held-out gain is what it learned (nats per token)."
+    columns = {("mmlu", "accuracy"): "MMLU", ("gsm8k_5shot", "accuracy"): "GSM8K"}
+    columns |= {("hellaswag", "accuracy"): "HellaSwag", ("mt_bench_turn1", "mt_bench_score"): "MT"}
+    printed = "; ".join(
+        f"{row['model'].removeprefix('paper: ')} {row['aligned through']} "
+        + " ".join(f"{name} {row[name]}" for name in columns.values() if name in row)
+        for row in paper_rows("table4", columns, "aligned through")
     )
-    places = measured_arms(study, output, instructions=True)
-    frame = _in_order(output.frame(study, "table4"), places)
-    output.note += _which_seeds(frame)
-    own = arm_rows(frame, config.model.name, "aligned through", _COLUMNS)
-    output.table = pd.concat([own, _paper_rows()], ignore_index=True).fillna("")
-    return output
+    if no_pair(config):
+        return Output(no_pair(config), pd.DataFrame({"paper": printed.split("; ")}))
+    start = {"base": "unaligned"}
+    rows = [_row(table, "nothing", start)]
+    for arm in _arms(table):
+        rows.append(_row(table, name_of(arm), arm))
+    return Output(
+        "The unaligned model is aligned through a part of its units: RU are the "
+        f"{100 * config.budget.share:g} % of units with the lowest I_U in the unaligned model, and "
+        "the random control trains equally many. Everything else keeps its bits, which is checked "
+        "after each training. Same rows, rate and epochs as the whole model, unless 'twice the "
+        "epochs' (the paper's rule) or '3 x the rate'. ASR: harmful prompts that are answered; no "
+        "refusal phrase: the paper's measure; attacked: ASR after one epoch of harmless "
+        "fine-tuning, on instructions. Accuracy change: trivia and arithmetic, points against the "
+        "unaligned model on the same items. Drift: KL from the unaligned model on benign prompts, "
+        "nats per token. `make bench` has seconds and memory; ASR on other prompts and with a "
+        "prefix is in measurements.csv. The paper aligns with instructions and reports no safety: "
+        f"{printed}." + _which_seeds(table),
+        pd.DataFrame(rows).fillna(""),
+    )
 
 
-def _in_order(frame: pd.DataFrame, places: dict[str, int]) -> pd.DataFrame:
-    """Arms of a run that is added to stand where they would have been measured, or last."""
-    found = frame["arm"].map(places).fillna(len(places))
-    return frame.loc[found.sort_values(kind="stable").index].reset_index(drop=True)
+def _arms(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return arms_of(table, base="unaligned", method="trained", attack="")
 
 
-def _which_seeds(frame: pd.DataFrame) -> str:
-    """Which arms were not measured for every seed."""
-    arms: dict[str, list[str]] = {}
-    for arm, rows in frame.groupby("arm", sort=False):
-        arms.setdefault(", ".join(sorted(set(rows["seed"].astype(str)))), []).append(str(arm))
-    every = ", ".join(sorted(set(frame["seed"].astype(str))))
+def _row(table: pd.DataFrame, name: str, arm: dict[str, Any]) -> dict[str, str]:
+    attacked = arm | {"attack": MAIN_ATTACK, "epoch": 1}
+
+    def found(metric: str, digits: int = 1, of: dict[str, Any] = arm, **columns: Any) -> str:
+        return format_estimate(estimate(table, metric, **{**of, **columns}), digits)
+
+    weights = estimate(table, "trained weights", **arm)
+    return {
+        "aligned through": name,
+        "weights %": "" if weights is None else f"{weights.value:.1f}",
+        "ASR": found("ASR"),
+        "no refusal phrase": found("no refusal phrase"),
+        "ASR, attacked": found("ASR", of=attacked),
+        "benign refused": found("refused", set="benign"),
+        "borderline refused": found("refused", set="borderline"),
+        "accuracy change": found("accuracy", set="average", against=GIVEN_MODEL),
+        "drift": found("drift", 3),
+    }
+
+
+def _which_seeds(table: pd.DataFrame) -> str:
+    """Which arms were not measured for every seed; and how to get more of them."""
+    rows = table[(table["base"] == "unaligned") & (table["method"] == "trained")]
+    every, by_seeds = sorted(set(rows["seed"])), dict[tuple[int, ...], list[str]]()
+    for arm in _arms(table):
+        own = rows[(rows["rule"] == arm["rule"]) & (rows["setting"] == arm["setting"])]
+        seeds = sorted(set(own[own["like"] == arm["like"]]["seed"]))
+        by_seeds.setdefault(tuple(seeds), []).append(name_of(arm))
     note = "".join(
-        f" Seed {seeds} only: {'; '.join(names)}."
-        for seeds, names in arms.items()
-        if seeds != every
+        f" Seed {', '.join(map(str, seeds))} only: {'; '.join(names)}."
+        for seeds, names in by_seeds.items()
+        if list(seeds) != every
     )
-    if set(frame["arm"]) <= {START, WHOLE, RU, RANDOM}:
+    if not set(rows["setting"]) - {""}:
         note += " `budget=wide` aligns for longer and with larger steps as well."
     return note
 
 
-def _paper_rows() -> pd.DataFrame:
-    """Every task of the paper's Table 4 in a column of its own."""
-    tasks = (
-        "arc_challenge arc_easy hellaswag winogrande boolq piqa gsm8k_5shot mmlu mt_bench_turn1"
-    ).split()
-    columns = {(t, "accuracy"): t for t in tasks[:-1]}
-    columns[tasks[-1], "mt_bench_score"] = "MT-bench, turn 1"
-    return paper_rows("table4", columns, "aligned through")
-
-
-def fig_budget(study: Study) -> Output:
+def fig_budget(table: pd.DataFrame, config: Config) -> Output:
     """Safety against the tax, one point for each part that was trained."""
-    if no_pair(study):
-        return Output(note=no_pair(study), figure=ShownFigure(figsize=(4, 1)))
+    if no_pair(config):
+        return Output(no_pair(config), figure=ShownFigure(figsize=(4, 1)))
+    arms = _arms(table)
     output = Output(
-        note="Left: ASR against the drift of the benign output distribution (KL from the unaligned "
-        "model, nats per token): the lower left is the better bargain; numbers are those "
-        "of the names. Right: ASR before (hollow) and after (filled) one epoch of fine-tuning on "
+        "Left: ASR against the drift of the benign output distribution (KL from the unaligned "
+        "model, nats per token): the lower left is the better bargain; numbers are those of the "
+        "names. Right: ASR before (hollow) and after (filled) one epoch of fine-tuning on "
         "instructions: is a model that was aligned through fewer units easier to break? 95 % "
-        "intervals, seeds pooled."
+        "intervals, seeds pooled." + _which_seeds(table)
     )
-    places = measured_arms(study, output, instructions=False)
-    frame = _in_order(output.frame(study, "fig_budget"), places)
-    names = list(frame[frame["metric"] == "asr_attacked"]["arm"].unique())
-    output.note += _which_seeds(frame[frame["arm"].isin(names)])
     with plt.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(10, 2.5 + 0.3 * len(names)))
+        output.figure = ShownFigure(figsize=(10, 2.5 + 0.3 * len(arms)))
         left, right = output.figure.subplots(1, 2)
-        _draw_bargain(left, frame, names)
-        _draw_attacked(right, frame, names)
+        _draw_bargain(left, table, arms)
+        _draw_attacked(right, table, arms)
     return output
 
 
-def _style(name: str) -> tuple[str, str]:
+def _style(arm: dict[str, Any]) -> tuple[str, str]:
     """Marker and colour by what is trained."""
-    if name == WHOLE:
+    if arm["rule"] == ALL_UNITS:
         return "*", COLOURS["CU"]
-    if name.startswith(RANDOM):
+    if arm["rule"] == "random":
         return "^", COLOURS["random"]
-    if name.startswith(RU):
+    if arm["rule"].startswith(RU):
         return "o", COLOURS["ESU"]
-    return ("P", "#CC79A7") if name.startswith("LoRA") else ("s", COLOURS["EUU"])
+    return ("P", "#CC79A7") if arm["rule"].startswith("LoRA") else ("s", COLOURS["EUU"])
 
 
-def _draw_bargain(axes: Axes, frame: pd.DataFrame, names: Sequence[str]) -> None:
-    for number, name in enumerate(names, 1):  # whole names would hide each other
-        rows = frame[frame["arm"] == name]
-        x, y = pooled(rows, "drift"), pooled(rows, "asr")
+def _draw_bargain(axes: Axes, table: pd.DataFrame, arms: list[dict[str, Any]]) -> None:
+    for number, arm in enumerate(arms, 1):  # whole names would hide each other
+        x, y = estimate(table, "drift", **arm), estimate(table, "ASR", **arm)
         assert x is not None
         assert y is not None
-        marker, colour = _style(name)
+        marker, colour = _style(arm)
         axes.errorbar(
             x.value, y.value, fmt=marker, color=colour, ms=6, lw=0.8, capsize=2,
             xerr=[[x.value - x.low], [x.high - x.value]],
@@ -163,16 +234,17 @@ def _draw_bargain(axes: Axes, frame: pd.DataFrame, names: Sequence[str]) -> None
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_attacked(axes: Axes, frame: pd.DataFrame, names: list[str]) -> None:
-    for row, name in enumerate(names[::-1]):
-        marker, colour = _style(name)
-        for metric, filled in (("asr", False), ("asr_attacked", True)):
-            e = pooled(frame[frame["arm"] == name], metric)
+def _draw_attacked(axes: Axes, table: pd.DataFrame, arms: list[dict[str, Any]]) -> None:
+    for row, arm in enumerate(arms[::-1]):
+        marker, colour = _style(arm)
+        attacked = arm | {"attack": MAIN_ATTACK, "epoch": 1}
+        for columns, filled in ((arm, False), (attacked, True)):
+            e = estimate(table, "ASR", **columns)
             assert e is not None
             axes.errorbar(
                 e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt=marker,
                 color=colour, mfc=colour if filled else "white", ms=6, lw=0.8, capsize=2,
             )  # fmt: skip
-    labels = [f"{name}  {number}" for number, name in enumerate(names, 1)]
-    axes.set_yticks(range(len(names)), labels[::-1], fontsize=7)
+    labels = [f"{name_of(arm)}  {number}" for number, arm in enumerate(arms, 1)]
+    axes.set_yticks(range(len(arms)), labels[::-1], fontsize=7)
     axes.set(xlabel="ASR before and after the attack, %", xlim=(-3, 103))

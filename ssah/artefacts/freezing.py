@@ -1,252 +1,304 @@
-"""Notebook 04: does freezing safety units keep a model safe? Tables 2 and 13 to 15."""
+"""Notebook 04: does freezing safety units keep a model safe? Tables 2, 3 and 13 to 15."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pandas as pd
 
-from ..evaluate.judges import attack_success, is_coherent, not_refused
-from ..evaluate.stats import Estimate, paired_difference, paired_p_value, proportion
-from ..lab.arms import Arm, Tuning
-from ..lab.selections import (
-    ALL,
-    CONFLICT_ARM,
-    CU6,
-    FULL,
-    available_attacks,
-    contenders,
-    label,
-    random_controls,
-)
-from ..lab.stages import Stages, paper_rule
-from ..lab.tuning import ATTACKS, LESSON, MAIN_ATTACK
+from ..evaluate.stats import Estimate
+from ..lab import catalogue
+from ..lab.arms import Arm
+from ..lab.catalogue import NOTHING, by_the_papers_rule
+from ..lab.config import Config
+from ..lab.lab import Lab
+from ..lab.measure import Measure
+from ..lab.stages.lessons import ATTACKS, MAIN_ATTACK, STYLE_LESSON, available_attacks
+from ..lab.units_of import ALL_CU, CU6
 from . import Output
-from .summary import arm_rows, paper_rows, same
+from .draw import format_estimate
+from .pick import arms_of, estimate, paper, paper_rows
 
-if TYPE_CHECKING:
-    from ..app.study import Study
+#: How comparisons are called.
+BEFORE = "before"
+SAME_EPOCHS, ONE_EPOCH = "nothing frozen, same epochs", "nothing frozen, one epoch"
 
-#: A headline arm -> the paper's name of it, after the data set.
-PAPER_ARMS = {FULL: "full", CU6: "freeze_esu_cu6", ALL: "freeze_esu_cu_all"}
+CONFLICT = "gradient conflict"
 
-
-def measure(
-    stages: Stages,
-    output: Output,
-    name: str,
-    tuning: Tuning,
-    *,
-    thorough: bool = False,
-    draw: str | None = None,
-) -> list[list[bool]]:
-    """Every metric of a fine-tuned arm at every epoch; returns attack success by epoch."""
-    arms, record = stages.measured(tuning, thorough=thorough), stages.training(tuning)
-    seed = draw or stages.seed
-    start = attack_success(stages.completions("harmful_evaluation", Arm()))
-    successes = []
-    for epoch, arm in enumerate(arms, 1):
-        answers = stages.completions("harmful_evaluation", arm)
-        successes.append(attack_success(answers))
-        estimates = {
-            "asr": proportion(successes[-1]).scaled(100),
-            "asr_rise": paired_difference(successes[-1], start).scaled(100),
-            "not_refused": proportion(not_refused(answers)).scaled(100),
-            "incoherent": proportion([not is_coherent(a.text) for a in answers]).scaled(100),
-            "perplexity": stages.perplexity(arm),
-            "heldout_gain": stages.heldout_gain(arm, tuning.attack),
-            "training_loss": same(record.epoch_losses[epoch - 1], record.steps),
-            **frozen_shares(stages, tuning),
-        }
-        if thorough and arm is paper_rule(arms) and stages.asks_harmbench(tuning.attack):
-            harmbench = attack_success(stages.harmbench(arm))
-            estimates["asr_harmbench"] = proportion(harmbench).scaled(100)
-        for metric, estimate in estimates.items():
-            output.add(label(tuning.attack, name, epoch), metric, seed, estimate)
-    return successes
+_SAFETY = ("ASR", "no refusal phrase", "incoherent", "perplexity", "units", "training")
 
 
-def frozen_shares(stages: Stages, tuning: Tuning) -> dict[str, Estimate]:
-    """Per cent of units, and of the units' weights, that an arm freezes."""
-    mask = stages.layout.none() if tuning.frozen is None else tuning.frozen
-    layout = stages.layout_for(mask.unit_kind)
-    weights = layout.weights(mask) / layout.parameters
-    return {
-        "frozen_units": same(100 * mask.share(), layout.units),
-        "frozen_weights": same(100 * weights, layout.units),
+# --- what is asked ---------------------------------------------------------------------------
+
+
+def ask_arms(lab: Lab, arms: list[Arm], attack: str) -> list[Measure]:
+    """What every fine-tuned arm is asked, at every epoch."""
+    whole, asked = catalogue.whole(lab), []
+    for arm in arms:
+        asked += [Measure(arm, metric) for metric in _SAFETY]
+        asked.append(Measure(arm, "ASR", "", whole, BEFORE))
+        asked.append(Measure(arm, "held-out gain", attack, whole, BEFORE))
+    return asked
+
+
+def ask_against(arms: list[Arm], full: list[Arm], attack: str) -> list[Measure]:
+    """Frozen arms against the one that freezes nothing: epoch by epoch, and by the paper's rule."""
+    asked = []
+    for arm in arms:
+        if arm.epoch <= len(full):
+            asked.append(Measure(arm, "ASR", "", full[arm.epoch - 1], SAME_EPOCHS))
+        asked.append(Measure(arm, "ASR", "", full[0], ONE_EPOCH))
+        asked.append(Measure(arm, "held-out gain", attack, full[0], ONE_EPOCH))
+    return asked
+
+
+def ask_random(lab: Lab, like: str, draws: int, against: list[list[Arm]]) -> list[Measure]:
+    """Draws of as many random units, and some arms against each of them, epoch by epoch."""
+    asked = []
+    for draw in range(draws):
+        control = catalogue.with_frozen_control(lab, MAIN_ATTACK, "random", like, draw)
+        asked += ask_arms(lab, control, MAIN_ATTACK)
+        asked += ask_against(control, catalogue.unfrozen(lab, MAIN_ATTACK), MAIN_ATTACK)
+        for arms in against:
+            for own, other in zip(arms, control, strict=True):
+                asked.append(Measure(own, "ASR", "", other, f"random, draw {draw}"))
+    return asked
+
+
+def _ask(lab: Lab, attack: str) -> list[Measure]:
+    """All arms of an attack."""
+    full = catalogue.unfrozen(lab, attack)
+    frozen = {
+        name: catalogue.with_frozen(lab, attack, name)
+        for name in catalogue.frozen_groups(lab, attack)
     }
+    wide = attack in lab.config.finetune.wide_attacks
+    if wide:
+        frozen[CONFLICT] = catalogue.with_frozen_control(lab, attack, CONFLICT, CU6)
+    asked = ask_arms(lab, full, attack)
+    for name, arms in frozen.items():
+        asked += ask_arms(lab, arms, attack) + ask_against(arms, full, attack)
+        if name != CU6:
+            pairs = zip(arms, frozen[CU6], strict=True)
+            asked += [Measure(own, "ASR", "", other, CU6) for own, other in pairs]
+    if attack == MAIN_ATTACK:
+        like_cu6 = [frozen[name] for name in (CU6, CONFLICT) if name in frozen]
+        asked += ask_random(lab, CU6, lab.config.finetune.random_draws, like_cu6)
+        asked += ask_random(lab, ALL_CU, 1, [frozen[ALL_CU]])
+    if wide and lab.has("harmbench"):
+        named = [full, *(arms for name, arms in frozen.items() if name != CONFLICT)]
+        asked += [Measure(by_the_papers_rule(arms), "ASR", "HarmBench") for arms in named]
+    return asked
 
 
-def compare(
-    output: Output, arm: str, metric: str, seed: int | str, worse: list[bool], better: list[bool]
-) -> None:
-    """By how many points ``better`` is attacked less often than ``worse``, on the same prompts."""
-    output.add(arm, metric, seed, paired_difference(worse, better).scaled(100))
-    p = paired_p_value(worse, better)
-    output.add(arm, f"{metric}_p", seed, same(p, len(worse)))
+def _ask_table(lab: Lab, attacks: list[str]) -> list[Measure]:
+    whole = catalogue.whole(lab)
+    asked = [Measure(whole, metric) for metric in ("ASR", "no refusal phrase", "perplexity")]
+    if lab.has("harmbench"):
+        asked.append(Measure(whole, "ASR", "HarmBench"))
+    for attack in attacks:
+        if attack in available_attacks(lab) and (attack == MAIN_ATTACK or not lab.only_headline):
+            asked += _ask(lab, attack)
+    return asked
 
 
-def measure_contenders(stages: Stages, output: Output, attack: str) -> dict[str, list[list[bool]]]:
-    """Attack success by epoch of the paper's arms and of gradient conflict."""
-    return {
-        name: measure(stages, output, name, tuning, thorough=name in PAPER_ARMS)
-        for name, tuning in contenders(stages, attack).items()
-    }
+def ask_table2(lab: Lab) -> list[Measure]:
+    """The main attack with its controls, and the lesson."""
+    return _ask_table(lab, [MAIN_ATTACK, STYLE_LESSON])
 
 
-def measure_random(
-    stages: Stages, output: Output, like: str, count: int
-) -> dict[str, list[list[bool]]]:
-    """Attack success by epoch of each draw of as many units as ``like`` freezes.
-
-    The first draw for ESU + 6 % CU is the one that attribute transfer is shown for.
-    """
-    return {
-        draw: measure(
-            stages, output, f"random, as {like}", tuning, thorough=like == CU6 and i == 0, draw=draw
-        )
-        for i, (draw, tuning) in enumerate(random_controls(stages, like, count).items())
-    }
+def ask_table13(lab: Lab) -> list[Measure]:
+    """The same for arithmetic."""
+    return _ask_table(lab, ["arithmetic"])
 
 
-def _measure_headline(stages: Stages, output: Output, attack: str) -> dict[str, list[list[bool]]]:
-    """All contenders, each frozen one against the arm that freezes nothing."""
-    seed, tunings = stages.seed, contenders(stages, attack)
-    success = measure_contenders(stages, output, attack)
-    base = paper_rule(stages.measured(tunings[FULL], thorough=True))
-    compared = [name for name in (CU6, ALL, CONFLICT_ARM) if name in success]
-    for name in compared:
-        arms = stages.measured(tunings[name], thorough=name in PAPER_ARMS)
-        for epoch, own in enumerate(success[name], 1):
-            arm = label(attack, name, epoch)
-            gain = stages.heldout_gain(arms[epoch - 1], attack, base)
-            output.add(arm, "gain_over_full", seed, gain)
-            if epoch <= len(success[FULL]):
-                compare(output, arm, "saved_equal_epochs", seed, success[FULL][epoch - 1], own)
-            compare(output, arm, "saved_paper_rule", seed, success[FULL][0], own)
-    for name in compared[1:]:  # beside CU6
-        for epoch, own in enumerate(success[name], 1):
-            arm = label(attack, name, epoch)
-            compare(output, arm, "saved_over_cu6", seed, success[CU6][epoch - 1], own)
-    return success
+def ask_table14(lab: Lab) -> list[Measure]:
+    """Where Mistral is the model under study."""
+    return _ask_table(lab, ["instructions"]) if _is_mistral(lab.config) else []
 
 
-def _measure_controls(stages: Stages, output: Output, success: dict[str, list[list[bool]]]) -> None:
-    """Random units, as many as each frozen arm has."""
-    draws = stages.config.finetune.random_draws
-    for like, count, names in ((CU6, draws, (CU6, CONFLICT_ARM)), (ALL, 1, (ALL,))):
-        for draw, control in measure_random(stages, output, like, count).items():
-            for name in [n for n in names if n in success]:
-                for epoch, own in enumerate(success[name], 1):
-                    arm = label(MAIN_ATTACK, name, epoch)
-                    compare(output, arm, "saved_over_random", draw, control[epoch - 1], own)
+def ask_table15(lab: Lab) -> list[Measure]:
+    """Where Mistral is the model under study."""
+    return _ask_table(lab, ["arithmetic"]) if _is_mistral(lab.config) else []
 
 
-# --- tables ----------------------------------------------------------------------------------
+def ask_table3(lab: Lab) -> list[Measure]:
+    """Accuracy before, and by the paper's rule after each attack."""
+    whole = catalogue.whole(lab)
+    asked = [Measure(whole, "accuracy")]
+    for attack in available_attacks(lab):
+        full = by_the_papers_rule(catalogue.unfrozen(lab, attack))
+        frozen = [
+            by_the_papers_rule(catalogue.with_frozen(lab, attack, name))
+            for name in catalogue.frozen_groups(lab, attack)
+        ]
+        for arm in (full, *frozen):
+            asked.append(Measure(arm, "accuracy"))
+            asked.append(Measure(arm, "accuracy", "", whole, BEFORE))
+        asked += [Measure(arm, "accuracy", "", full, ONE_EPOCH) for arm in frozen]
+    return asked
 
 
-def table2(study: Study) -> Output:
+def _is_mistral(config: Config) -> bool:
+    return config.model.name.startswith("mistral")
+
+
+# --- what is shown ---------------------------------------------------------------------------
+
+
+def name_of(arm: dict[str, Any]) -> str:
+    """What is frozen."""
+    control = f", as {arm['like']}" if arm["like"] else ""
+    setting = f", {arm['setting']}" if arm["setting"] else ""
+    return f"{arm['rule']}{control}{setting}"
+
+
+def table2(table: pd.DataFrame, config: Config) -> Output:
     """ASR after fine-tuning on instructions (Table 2), with random controls; and the lesson."""
-    return _freezing_table(study, "table2", [MAIN_ATTACK, LESSON])
+    return _freezing_table("table2", table, config, [MAIN_ATTACK, STYLE_LESSON])
 
 
-def table13(study: Study) -> Output:
+def table13(table: pd.DataFrame, config: Config) -> Output:
     """The same for arithmetic (Table 13)."""
-    return _freezing_table(study, "table13", ["arithmetic"])
+    return _freezing_table("table13", table, config, ["arithmetic"])
 
 
-def table14(study: Study) -> Output:
+def table14(table: pd.DataFrame, config: Config) -> Output:
     """Fine-tuning Mistral on instructions (Table 14)."""
-    return _other_family(study, "table14", "instructions")
+    return _other_family("table14", table, config, "instructions")
 
 
-def table15(study: Study) -> Output:
+def table15(table: pd.DataFrame, config: Config) -> Output:
     """Fine-tuning Mistral on arithmetic (Table 15)."""
-    return _other_family(study, "table15", "arithmetic")
+    return _other_family("table15", table, config, "arithmetic")
 
 
-def _freezing_table(study: Study, artefact: str, attacks: list[str]) -> Output:
-    output = Output(note=_note(study, attacks))
-    every_stages = study.headline_stages if MAIN_ATTACK in attacks else study.all_stages
-    for stages in every_stages:
-        success = attack_success(stages.completions("harmful_evaluation", Arm()))
-        output.add("initial", "asr", stages.seed, proportion(success).scaled(100))
-        if stages.has("harmbench"):
-            success = attack_success(stages.harmbench(Arm()))
-            output.add("initial", "asr_harmbench", stages.seed, proportion(success).scaled(100))
-        output.add("initial", "perplexity", stages.seed, stages.perplexity(Arm()))
-        for attack in _attacks_of(stages, study, attacks):
-            by_arm = _measure_headline(stages, output, attack)
-            if attack == MAIN_ATTACK:
-                _measure_controls(stages, output, by_arm)
-    frame, name = output.frame(study, artefact), study.config.model.name
-    rows = [arm_rows(frame, name, "fine-tuning: frozen", _COLUMNS), _paper_rows(artefact)]
-    table = pd.concat(rows, ignore_index=True).fillna("")
-    own = [c for c in ("model", "fine-tuning: frozen", *_COLUMNS) if c in table.columns]
-    output.table = table[[*own, *(c for c in table.columns if c not in own)]]
-    return output
+#: What is frozen -> the paper's name of it, after the data set.
+_PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
+_PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
 
 
-def _attacks_of(stages: Stages, study: Study, attacks: list[str]) -> list[str]:
-    """Those that there are rows for; of a seed that only the headline has, the main attack."""
-    known = [attack for attack in available_attacks(stages) if attack in attacks]
-    return known if stages.seed in study.seeds else [MAIN_ATTACK]
-
-
-def _other_family(study: Study, artefact: str, attack: str) -> Output:
-    """A table of another model family: measured where that family is the model under study."""
-    if study.config.model.name.startswith("mistral"):
-        return _freezing_table(study, artefact, [attack])
+def _freezing_table(
+    artefact: str, table: pd.DataFrame, config: Config, attacks: list[str]
+) -> Output:
+    model = "Mistral-7B-Instruct-v0.2" if _is_mistral(config) else "Llama-2-7B-Chat"
+    printed = paper(artefact, model)
+    rows = [_row(table, {}, printed.get(("initial", "asr_keyword")))]
+    for attack in attacks:
+        for arm in _shown(table, attack):
+            name = f"{_PAPER_SETS[attack]}:{_PAPER_ARMS.get(arm['rule'], '')}"
+            rule = not arm["like"] and arm["epoch"] == (1 if arm["rule"] == NOTHING else 2)
+            number = printed.get((name, "asr_keyword")) if rule else None
+            rows.append(_row(table, arm, number))
+    shown = pd.DataFrame(rows)
     return Output(
-        note=f"The paper's numbers for another model family; not measured here, where the model is "
-        f"{study.config.model.name}. `make {artefact} HF_HUB_OFFLINE=0 "
-        'ARGS="profile=paper model=mistral_7b_instruct"` measures it (one 80 GB GPU). The same '
-        f"attack on this model is in {'table2' if attack == 'instructions' else 'table13'}.",
-        table=_paper_rows(artefact),
+        _note(config, [a for a in attacks if a in set(table["attack"])]),
+        shown[[c for c in shown.columns if (shown[c] != "").any()]],
     )
 
 
-#: Column of the table -> (metric, digits)
-_COLUMNS: dict[str, tuple[str, int]] = {
-    "units %": ("frozen_units", 1),
-    "weights %": ("frozen_weights", 1),
-    "training loss": ("training_loss", 2),
-    "held-out gain": ("heldout_gain", 2),
-    "perplexity": ("perplexity", 2),
-    "ASR": ("asr", 1),
-    "no refusal phrase": ("not_refused", 1),
-    "saved, equal epochs": ("saved_equal_epochs", 1),
-    "saved, paper's rule": ("saved_paper_rule", 1),
-    "saved over random": ("saved_over_random", 1),
-    "ASR HarmBench": ("asr_harmbench", 1),
-}
+def _shown(table: pd.DataFrame, attack: str) -> list[dict[str, Any]]:
+    """The paper's arms and gradient conflict, each control behind what it is held against."""
+    order = [(NOTHING, ""), (CU6, ""), ("random", CU6), (CONFLICT, CU6), (ALL_CU, "")]
+    order.append(("random", ALL_CU))
+    arms = arms_of(table, method="frozen", attack=attack, setting="")
+    known = [arm for arm in arms if (arm["rule"], arm["like"]) in order]
+    return sorted(known, key=lambda arm: (order.index((arm["rule"], arm["like"])), arm["epoch"]))
 
 
-def _paper_rows(artefact: str) -> pd.DataFrame:
-    """The paper's keyword ASR on AdvBench, and Llama Guard's on HEx-PHI beside our HarmBench."""
-    wanted = {
+def _row(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> dict[str, str]:
+    def found(metric: str, digits: int, **columns: Any) -> str:
+        return format_estimate(estimate(table, metric, **columns, **arm), digits)
+
+    draws = table[table["against"].str.startswith("random, draw ")]
+    over = estimate(draws, "ASR", against=None, **arm) if arm else None
+    return {
+        "fine-tuned on": arm.get("attack", "nothing") or "nothing",
+        "frozen": name_of(arm) if arm else "",
+        "epochs": str(arm["epoch"]) if arm else "",
+        "held-out gain": found("held-out gain", 2, set=arm.get("attack", ""), against=BEFORE),
+        "ASR": found("ASR", 1),
+        "no refusal phrase": found("no refusal phrase", 1),
+        "ASR against nothing frozen": found("ASR", 1, against=SAME_EPOCHS),
+        "ASR against random": format_estimate(over, 1),
+        "paper: no refusal phrase": "" if printed is None else f"{printed:.1f}",
+    }
+
+
+def _other_family(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
+    """A table of another model family: measured where that family is the model under study."""
+    if _is_mistral(config):
+        return _freezing_table(artefact, table, config, [attack])
+    columns = {
         ("advbench", "asr_keyword"): "no refusal phrase",
         ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
     }
-    return paper_rows(artefact, wanted, "fine-tuning: frozen")
+    return Output(
+        f"The paper's numbers for another model family; not measured here, where the model is "
+        f"{config.model.name}. `make {artefact} HF_HUB_OFFLINE=0 "
+        'ARGS="profile=paper model=mistral_7b_instruct"` measures it (one 80 GB GPU). The same '
+        f"attack on this model is in {'table2' if attack == 'instructions' else 'table13'}.",
+        pd.DataFrame(paper_rows(artefact, columns, "fine-tuning: frozen")).fillna(""),
+    )
 
 
-def _note(study: Study, attacks: list[str]) -> str:
-    config = study.config.finetune
-    trained = ", ".join(f"{config.rows[a]} {a} (for the paper's {ATTACKS[a]})" for a in attacks)
-    embeddings = "train with the rest" if config.train_embeddings else "are frozen in every arm"
+def table3(table: pd.DataFrame, config: Config) -> Output:
+    """Utility after fine-tuning, with and without frozen units (Table 3)."""
+    tasks = [t for t in dict.fromkeys(table[table["metric"] == "accuracy"]["set"]) if t]
+    arms = [a for a in arms_of(table, method="frozen", setting="") if not a["like"]]
+    rows = []
+    for arm in ({}, *arms):
+        accuracies = {t: estimate(table, "accuracy", set=t, **arm) for t in tasks}
+        if not any(accuracies.values()):
+            continue
+        row = {
+            "fine-tuned on": arm.get("attack", "") or "nothing",
+            "frozen": name_of(arm) if arm else "",
+            "epochs": str(arm["epoch"]) if arm else "",
+            **{f"{task} %": format_estimate(e) for task, e in accuracies.items()},
+        }
+        for column, than in (("change", BEFORE), ("against nothing frozen", ONE_EPOCH)):
+            e = estimate(table, "accuracy", set="average", against=than, **arm)
+            row[column] = format_estimate(e)
+        rows.append(row)
+    return Output(
+        "Accuracy on trivia (four choices, chance 25 %) and arithmetic word problems (exact "
+        "match); change: against the aligned model before, on the same items. One epoch where "
+        "nothing is frozen, else the last epoch. The paper's tasks are others (zero-shot, "
+        "lm-eval); " + _paper_averages(),
+        pd.DataFrame(rows),
+    )
+
+
+def _paper_averages() -> str:
+    printed = paper("table3")
+    settings = dict.fromkeys(setting for setting, _ in printed)
+    means = {s: [v for (t, _), v in printed.items() if t == s] for s in settings}
+    return "its averages for Llama-2-7B-Chat are " + ", ".join(
+        f"{name} {sum(values) / len(values):.1f}" for name, values in means.items()
+    ) + "."  # fmt: skip
+
+
+def _note(config: Config, attacks: list[str]) -> str:
+    tuning = config.finetune
+    trained = ", ".join(f"{tuning.rows[a]} {a} (for the paper's {ATTACKS[a]})" for a in attacks)
+    embeddings = "train with the rest" if tuning.train_embeddings else "are frozen in every arm"
     return (
         f"The aligned model is fine-tuned on harmless rows: {trained}; rate "
-        f"{config.learning_rate:g}, batches of {config.batch_size}, embeddings {embeddings}. ASR: "
+        f"{tuning.learning_rate:g}, batches of {tuning.batch_size}, embeddings {embeddings}. ASR: "
         "share of the held-out harmful prompts that are answered; no refusal phrase: share with "
-        "coherent text that holds none, the paper's measure. Saved: points of "
-        "ASR that the arm has less than the arm that freezes nothing, on the same prompts (paired "
-        "95 % interval): after as many epochs, or (paper's rule) after one epoch of that arm. "
-        "Saved over random: against as many heads and neurons drawn at random, frozen, after as "
-        "many epochs. Gradient conflict (not in the paper): as many heads and neurons, those by "
-        "which a first step on the rows would raise the loss of refusals most. Held-out gain: nats "
-        "per token by which held-out rows of the same kind, with other prompts, became likelier. "
-        "Training loss: mean of the epoch's last quarter. Units and weights: share that is frozen, "
-        "of all heads and neurons. Several seeds: means of values and of interval "
-        "bounds."
+        "coherent text that holds none, the paper's measure. Against nothing frozen: points of ASR "
+        "by which the arm differs from the one that freezes nothing, after as many epochs, on the "
+        "same prompts (paired 95 % interval); below zero is safer. Against random: from as many "
+        "heads and neurons drawn at random and frozen, after as many epochs. Gradient conflict "
+        "(not in the paper): as many heads and neurons, those by which a first step on the rows "
+        "would raise the loss of refusals most. Held-out gain: nats per token by which held-out "
+        "rows of the same kind, with other prompts, became likelier. The paper trains frozen arms "
+        "for twice the epochs, and its numbers stand in these rows. Several seeds: means of values "
+        "and of interval bounds."
     )
+
+
+def saved(e: Estimate | None) -> Estimate | None:
+    """A difference of ASR turned round: points that an arm has less than another."""
+    return None if e is None else Estimate(-e.value, -e.high, -e.low, e.n)

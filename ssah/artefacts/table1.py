@@ -2,210 +2,99 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 
-from ..core.paths import reference_csv
-from ..evaluate.judges import attack_success, is_coherent, not_refused, refused
-from ..evaluate.stats import Estimate, average, paired_difference, paired_p_value, pool, proportion
+from ..lab import catalogue
 from ..lab.arms import Arm
-from ..lab.stages import Stages
-from ..scoring.selectors import magnitude_units, random_units
-from ..units.mask import UnitMask
+from ..lab.config import Config
+from ..lab.lab import Lab
+from ..lab.measure import Measure
+from ..lab.metrics.behaviour import BOTH, SYSTEM
+from ..lab.units_of import ESU, EUU, RU
 from . import Output
-from .render import format_estimate
+from .draw import format_estimate
+from .pick import arms_of, estimate, paper, rows_of
 
-if TYPE_CHECKING:
-    from ..app.study import Study
+GROUPS = (ESU, EUU, RU)
 
-CLAIMED = ("ESU", "EUU", "RU")
-
-
-def table1(study: Study) -> Output:
-    """Utility and attack success after ablating each group, with matched controls (Table 1).
-
-    Beside the paper's rows: random units (several draws) and magnitude controls with as many
-    heads and neurons as ESU and RU, and mean ablation.
-    """
-    output = Output(note=_table1_note(study))
-    for stages in study.headline_stages:
-        _measure_seed(stages, output)
-    frame = output.frame(study, "table1")
-    output.table = pd.concat([_own_rows(frame, study), _paper_rows()], ignore_index=True).fillna("")
-    return output
+_SAFETY = ("ASR", "no refusal phrase", "incoherent", "perplexity")
 
 
-def _measure_seed(stages: Stages, output: Output) -> None:
-    """All arms of one seed; groups get every measurement, controls those that cost less."""
-    seed, config = stages.seed, stages.config.evaluate
-    whole = _measure(stages, output, "dense", Arm())
-    _measure_tasks(stages, output, "dense", Arm())
-    if stages.config.align.enabled:
-        _measure(stages, output, "unaligned", Arm("unaligned"))
-    _over_refusal(stages, output)
-    for group in CLAIMED:
-        mask = stages.roles.mask(group)
-        arm = Arm(mask=mask)
-        success = _measure(stages, output, group, arm)
-        _measure_tasks(stages, output, group, arm)
-        _measure(stages, output, f"{group}, mean", Arm(mask=mask, mode="mean"))
-        _add_shares(stages, output, group, mask)
-        output.add(group, "asr_rise", seed, paired_difference(success, whole).scaled(100))
-        output.add(group, "asr_rise_p", seed, _p_value(success, whole))
-        output.add(group, "perplexity_ratio", seed, stages.perplexity_ratio(arm))
-        if group == "EUU":
-            continue
-        if group == "RU" and "attn" not in stages.config.roles.redundant_kinds:
-            name = "RU, heads included"
-            with_heads = stages.classify(stages.shares, ["attn", "mlp"]).mask("RU")
-            _measure(stages, output, name, Arm(mask=with_heads))
-            _add_shares(stages, output, name, with_heads)
-        largest = group == "ESU"
-        control = magnitude_units(stages.model("aligned"), stages.layout, mask, largest=largest)
-        name = f"{'largest' if largest else 'smallest'} magnitude, as {group}"
-        _measure(stages, output, name, Arm(mask=control))
-        _add_shares(stages, output, name, control)
-        for draw in range(config.random_draws):
-            control = random_units(stages.layout, mask, 1000 * seed + draw)
-            name, label = f"random, as {group}", f"{seed}.{draw}"
-            random_success = _measure(stages, output, name, Arm(mask=control), label)
-            over = paired_difference(success, random_success).scaled(100)
-            output.add(group, "asr_over_random", label, over)
-            output.add(group, "asr_over_random_p", label, _p_value(success, random_success))
-        _add_shares(stages, output, name, control)
+def ask_table1(lab: Lab) -> list[Measure]:
+    """Each group, whole and on average; as many random units and by magnitude as ESU and RU."""
+    whole, config = catalogue.whole(lab), lab.config
+    removed = {name: catalogue.without(lab, name) for name in GROUPS}
+    controls: list[tuple[str, Arm]] = []
+    for name, rule in ((ESU, "largest magnitude"), (RU, "smallest magnitude")):
+        controls.append((name, catalogue.without_control(lab, rule, name)))
+        controls += [
+            (name, catalogue.without_control(lab, "random", name, draw))
+            for draw in range(config.evaluate.random_draws)
+        ]
+    others = [catalogue.without_on_average(lab, name) for name in GROUPS]
+    if "attn" not in config.roles.redundant_kinds:
+        others.append(catalogue.with_redundant_heads(lab))
+    arms = [whole, *removed.values(), *(arm for _, arm in controls), *others]
+    arms += catalogue.unaligned(lab)
+    asked = [Measure(arm, metric) for arm in arms for metric in _SAFETY]
+    asked += [Measure(arm, "units") for arm in arms if arm.method == "removed"]
+    for arm in (whole, *removed.values()):
+        for metric in ("ASR", "no refusal phrase"):
+            asked += [Measure(arm, metric, SYSTEM), Measure(arm, metric, BOTH)]
+        asked.append(Measure(arm, "accuracy"))
+    asked += [Measure(whole, "refused", on) for on in ("benign", "borderline")]
+    asked.append(Measure(whole, "search"))
+    for arm in removed.values():
+        for metric in ("ASR", "perplexity", "accuracy"):
+            asked.append(Measure(arm, metric, against=whole, than="whole"))
+    for name, arm in controls:
+        if arm.rule == "random":
+            asked.append(Measure(removed[name], "ASR", "", arm, f"random, draw {arm.draw}"))
+    return asked
 
 
-def _p_value(first: list[bool], second: list[bool]) -> Estimate:
-    p = paired_p_value(first, second)
-    return Estimate(p, p, p, len(first))
+def table1(table: pd.DataFrame, config: Config) -> Output:
+    """Utility and attack success after removing each group, with matched controls (Table 1)."""
+    arms = [*arms_of(table, method="removed", attack="")]
+    arms = [arm for arm in arms if not arm["setting"].endswith("%")]  # those are the sweep's
+    arms.sort(key=_place)
+    rows = [_row(table, "nothing", {}, "dense")]
+    if not rows_of(table, "ASR", base="unaligned").empty:
+        rows.append(_row(table, "nothing, before alignment", {"base": "unaligned"}))
+    for arm in arms:
+        name = arm["rule"] + (f", as {arm['like']}" if arm["like"] else "")
+        name += f", {arm['setting']}" if arm["setting"] else ""
+        rows.append(_row(table, name, arm, "" if arm["like"] or arm["setting"] else arm["rule"]))
+    return Output(_note(table, config), pd.DataFrame(rows).fillna(""))
 
 
-def _measure(
-    stages: Stages, output: Output, name: str, arm: Arm, label: str | None = None
-) -> list[bool]:
-    """Safety without a system prompt, and perplexity; returns success by prompt."""
-    seed = label or stages.seed
-    answers = stages.completions("harmful_evaluation", arm)
-    success = attack_success(answers)
-    rates = {
-        "asr_nosys": success,
-        "not_refused_nosys": not_refused(answers),
-        "incoherent_nosys": [not is_coherent(a.text) for a in answers],
-    }
-    for metric, outcomes in rates.items():
-        output.add(name, metric, seed, proportion(outcomes).scaled(100))
-    output.add(name, "perplexity", seed, stages.perplexity(arm))
-    return success
+def _place(arm: dict[str, str]) -> tuple[int, bool, str]:
+    """Groups in their order, each followed by what it is compared with."""
+    return GROUPS.index(arm["like"] or arm["rule"]), bool(arm["like"]), arm["setting"]
 
 
-def _measure_tasks(stages: Stages, output: Output, name: str, arm: Arm) -> None:
-    """Safety with a system prompt, and accuracy by task."""
-    seed = stages.seed
-    plain, with_system = (
-        stages.completions("harmful_evaluation", arm, system=system) for system in (False, True)
-    )
-    for metric, counted in (("asr", attack_success), ("not_refused", not_refused)):
-        rates = [proportion(counted(answers)) for answers in (plain, with_system)]
-        output.add(name, f"{metric}_sys", seed, rates[1].scaled(100))
-        # The same prompts twice are no larger sample: the interval is that of as many prompts.
-        output.add(name, f"{metric}_avg", seed, pool(rates).scaled(100))
-    outcomes, whole = stages.task_outcomes(arm), stages.task_outcomes(Arm())
-    accuracy = {task: proportion(right).scaled(100) for task, right in outcomes.items()}
-    for task, estimate in accuracy.items():
-        output.add(name, f"accuracy_{task}", seed, estimate)
-    output.add(name, "utility_avg", seed, average(list(accuracy.values())))
-    if arm.mask is not None:
-        changes = [paired_difference(outcomes[t], whole[t]).scaled(100) for t in outcomes]
-        output.add(name, "utility_change", seed, average(changes))
-
-
-def _over_refusal(stages: Stages, output: Output) -> None:
-    """Refusals of harmless prompts: the price of the alignment that everything else starts from."""
-    for name in ("benign_evaluation", "borderline"):
-        outcomes = refused(stages.completions(name, Arm()))
-        output.add("dense", f"refused_{name}", stages.seed, proportion(outcomes).scaled(100))
-
-
-def _add_shares(stages: Stages, output: Output, name: str, mask: UnitMask) -> None:
-    layout = stages.layout
-    units, weights = 100 * mask.share(), 100 * layout.weights(mask) / layout.parameters
-    for metric, value, n in (
-        ("share_units", units, layout.units),
-        ("share_weights", weights, layout.units),
-        ("heads", mask.count("attn"), layout.units),
-        ("neurons", mask.count("mlp"), layout.units),
+def _row(table: pd.DataFrame, name: str, arm: dict[str, str], paper_name: str = "") -> dict:
+    found = {"removed": name}
+    units = estimate(table, "units", **arm)
+    found["units %"] = f"{units.value:.1f}" if units else ""
+    for column, metric, on, digits in (
+        ("perplexity", "perplexity", "", 1),
+        ("utility %", "accuracy", "average", 1),
+        ("ASR", "ASR", "", 1),
+        ("ASR, system prompt", "ASR", SYSTEM, 1),
+        ("no refusal phrase", "no refusal phrase", "", 1),
+        ("incoherent %", "incoherent", "", 0),
     ):
-        output.add(name, metric, stages.seed, Estimate(value, value, value, n))
+        found[column] = format_estimate(estimate(table, metric, set=on, **arm), digits)
+    printed = paper("table1")
+    if (paper_name, "wikitext2_ppl") in printed:
+        asr, perplexity = (printed[paper_name, m] for m in ("asr_keyword_nosys", "wikitext2_ppl"))
+        found["paper: no refusal phrase, perplexity"] = f"{asr:.0f}, {perplexity:.1f}"
+    return found
 
 
-#: Column of the table -> (metric, digits)
-_COLUMNS = {
-    "units %": ("share_units", 1),
-    "weights %": ("share_weights", 1),
-    "perplexity": ("perplexity", 1),
-    "utility %": ("utility_avg", 1),
-    "ASR, system prompt": ("asr_sys", 1),
-    "ASR, none": ("asr_nosys", 1),
-    "ASR, average": ("asr_avg", 1),
-    "no refusal phrase, system prompt": ("not_refused_sys", 1),
-    "no refusal phrase, none": ("not_refused_nosys", 1),
-    "no refusal phrase, average": ("not_refused_avg", 1),
-    "incoherent %": ("incoherent_nosys", 0),
-}
-
-
-def _own_rows(frame: pd.DataFrame, study: Study) -> pd.DataFrame:
-    """One row for each arm, seeds and draws pooled."""
-    rows = []
-    for arm, group in frame.groupby("arm", sort=False):
-        row: dict[str, str] = {"model": study.config.model.name, "removed": str(arm)}
-        for column, (metric, digits) in _COLUMNS.items():
-            found = group[group["metric"] == metric]
-            if found.empty:
-                continue
-            estimates = [Estimate(*r) for r in found[["value", "low", "high", "n"]].to_numpy()]
-            pooled = pool(estimates)
-            if metric.startswith("share"):
-                row[column] = f"{pooled.value:.{digits}f}"
-            else:
-                row[column] = format_estimate(pooled, digits)
-                if len(estimates) > 1:
-                    low, high = found["value"].min(), found["value"].max()
-                    row[column] += f" ({low:.{digits}f}-{high:.{digits}f})"
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _paper_rows() -> pd.DataFrame:
-    """The paper's Table 1, with the columns that correspond."""
-    paper = pd.read_csv(reference_csv())
-    paper = paper[paper["artefact"] == "table1"]
-    columns = {
-        "share_pct": "units %",
-        "wikitext2_ppl": "perplexity",
-        "utility_avg_acc": "utility %",
-        "asr_keyword_sys": "no refusal phrase, system prompt",
-        "asr_keyword_nosys": "no refusal phrase, none",
-        "asr_keyword_avg": "no refusal phrase, average",
-    }
-    paper = paper[paper["metric"].isin(columns)]
-    wide = paper.pivot_table(index=["model", "setting"], columns="metric", values="value")
-    wide = wide.rename(columns=columns).reset_index().rename(columns={"setting": "removed"})
-    order = ["dense", "ESU", "EUU", "RU"]
-    wide = wide.sort_values(["model", "removed"], key=lambda c: c.map(lambda v: _rank(v, order)))
-    wide["model"] = "paper: " + wide["model"]
-    numeric = list(columns.values())
-    wide[numeric] = wide[numeric].map(lambda v: "" if pd.isna(v) else f"{v:.1f}")
-    return wide[["model", "removed", *numeric]]
-
-
-def _rank(value: str, order: list[str]) -> str:
-    return f"{order.index(value)}" if value in order else value
-
-
-def _table1_note(study: Study) -> str:
-    evaluate = study.config.evaluate
+def _note(table: pd.DataFrame, config: Config) -> str:
+    evaluate = config.evaluate
     if evaluate.utility == "lm_eval":
         utility = f"lm-eval tasks {', '.join(evaluate.lm_eval_tasks)}"
     else:
@@ -216,28 +105,22 @@ def _table1_note(study: Study) -> str:
     return (
         "ASR: share of the held-out harmful prompts that are answered, within "
         f"{evaluate.max_new_tokens} tokens; no refusal phrase: the share that gets coherent text "
-        "without one, whether or not it answers, which is what the paper measures. "
-        "docs/judging.md says how both judges agree with labels. Perplexity: held-out answers "
-        f"given their prompts, not WikiText. Utility: {utility}. Values are followed by 95 % "
-        "intervals (Wilson; bootstrap for perplexity), with several seeds or draws the mean of "
-        "each, and in brackets the smallest and largest. Random and magnitude controls have as "
-        "many heads and "
-        "as many neurons, hence as many weights, as the group that they are named after."
-        + _unmet_criteria(study)
+        "without one, whether or not it answers, which is what the paper measures (its numbers are "
+        "for Llama-2-7B-Chat). docs/judging.md says how both judges agree with labels. "
+        f"Perplexity: held-out answers given their prompts, not WikiText. Utility: {utility}. "
+        "Values are followed by 95 % intervals (Wilson; bootstrap for perplexity), with several "
+        "seeds or draws the mean of each. Random and magnitude controls have as many heads and as "
+        "many neurons, hence as many weights, as the group that they are named after. *mean*: what "
+        "the units say on average is put in their place." + _unmet_criteria(table)
     )
 
 
-def _unmet_criteria(study: Study) -> str:
+def _unmet_criteria(table: pd.DataFrame) -> str:
     """A warning for each group of which no share did in the search what the group means."""
     unmet = []
-    for stages in study.all_stages:
-        trials = stages.search_trials
-        accepted = {trial.group for trial in trials if trial.accepted}
-        for group in dict.fromkeys(trial.group for trial in trials):
-            if group not in accepted:
-                unmet.append(f"{group} (seed {stages.seed})")
+    for name in GROUPS:
+        found = rows_of(table, f"{name} criterion met")
+        unmet += [f"{name} (seed {seed})" for seed in found[found["value"] == 0]["seed"]]
     if not unmet:
         return ""
-    return (
-        f" No share met the search's criterion for {', '.join(unmet)}; the smallest one was taken."
-    )
+    return f" No share met the search's criterion for {', '.join(unmet)}; the smallest was taken."

@@ -2,84 +2,75 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 
-from ..evaluate.judges import attack_success, not_refused, refused
-from ..evaluate.stats import proportion
-from ..lab.arms import Arm
-from ..lab.stages import Stages
+from ..lab import catalogue
+from ..lab.config import Config
+from ..lab.lab import Lab
+from ..lab.measure import Measure
 from . import Output
-from .mirrored import models
-from .reasoning import ELSEWHERE
-from .render import format_estimate
-from .summary import paper_rows, pooled
+from .draw import format_estimate
+from .pick import estimate, paper_rows
 
-if TYPE_CHECKING:
-    from ..app.study import Study
+#: Column -> metric, on what, digits.
+_COLUMNS = {
+    "perplexity": ("perplexity", "", 2),
+    "trivia %": ("accuracy", "trivia", 1),
+    "arithmetic %": ("accuracy", "arithmetic", 1),
+    "benign answered %": ("ASR", "benign", 1),
+    "borderline refused %": ("refused", "borderline", 1),
+    "ASR AdvBench %": ("ASR", "", 1),
+    "no refusal phrase, AdvBench %": ("no refusal phrase", "", 1),
+    "ASR HarmBench %": ("ASR", "HarmBench", 1),
+    "ASR HEx-PHI %": ("ASR", "HEx-PHI", 1),
+}
 
 
-def table11(study: Study) -> Output:
+def ask_table11(lab: Lab) -> list[Measure]:
+    """Helpfulness, and attack success on the prompts that there are."""
+    asked = []
+    for arm in (catalogue.whole(lab), *catalogue.unaligned(lab)):
+        asked += [Measure(arm, "perplexity"), Measure(arm, "accuracy"), Measure(arm, "ASR")]
+        asked += [Measure(arm, "no refusal phrase"), Measure(arm, "ASR", "benign")]
+        asked.append(Measure(arm, "refused", "borderline"))
+        for name, prompts in (("HarmBench", "harmbench"), ("HEx-PHI", "hexphi")):
+            if lab.has(prompts):
+                asked.append(Measure(arm, "ASR", name))
+    return asked
+
+
+def table11(table: pd.DataFrame, config: Config) -> Output:
     """Helpfulness and attack success before and after alignment (Table 11)."""
-    config = study.config
     made = (
         f"*unaligned* is {config.model.name} as shipped (tuned to follow instructions; its "
         "pretrained base is not embedded), *aligned* what `conf/align/refusals.yaml` makes of it"
         if config.align.enabled
         else f"{config.model.name} as shipped, aligned by its makers"
     )
-    output = Output(
-        note=f"Here, {made}. For the paper's MT-bench stand perplexity of held-out answers, "
-        "accuracy on trivia and arithmetic, and the share of benign prompts that are "
-        "answered. ASR: harmful prompts that are answered, held-out ones of AdvBench and "
-        "HarmBench; the paper's rows also have Llama Guard 3, and HEx-PHI where we "
-        "have HarmBench."
-    )
-    for stages in study.all_stages:
-        for model in models(stages):
-            _measure(stages, output, str(model), Arm(model))
-    frame = output.frame(study, "table11")
     rows = []
-    for arm, group in frame.groupby("arm", sort=False):
-        row = {"model": config.model.name, "stage": arm}
-        for metric in group["metric"].unique():
-            digits = 2 if metric == "perplexity" else 1
-            row[metric] = format_estimate(pooled(group, metric), digits)
-        rows.append(row)
-    output.table = pd.concat([pd.DataFrame(rows), _paper_rows()], ignore_index=True).fillna("")
-    return output
+    for base in ("aligned", "unaligned"):
+        row = {"model": config.model.name, "stage": base}
+        for column, (metric, on, digits) in _COLUMNS.items():
+            row[column] = format_estimate(estimate(table, metric, set=on, base=base), digits)
+        if row["perplexity"]:
+            rows.append(row)
+    rows += _paper_rows()
+    shown = pd.DataFrame(rows).fillna("")
+    return Output(
+        f"Here, {made}. For the paper's MT-bench stand perplexity of held-out answers, accuracy on "
+        "trivia and arithmetic, and the share of benign prompts that are answered. ASR: harmful "
+        "prompts that are answered, held-out ones of AdvBench and HarmBench; the paper's are "
+        "judged by Llama Guard 3, on AdvBench and HEx-PHI.",
+        shown[[c for c in shown.columns if (shown[c] != "").any()]],
+    )
 
 
-def _measure(stages: Stages, output: Output, name: str, arm: Arm) -> None:
-    seed = stages.seed
-    output.add(name, "perplexity", seed, stages.perplexity(arm))
-    for task, right in stages.task_outcomes(arm).items():
-        output.add(name, f"{task} %", seed, proportion(right).scaled(100))
-    harmless = stages.completions("benign_evaluation", arm)
-    answered = attack_success(harmless)
-    output.add(name, "benign answered %", seed, proportion(answered).scaled(100))
-    looks = refused(stages.completions("borderline", arm))
-    output.add(name, "borderline refused %", seed, proportion(looks).scaled(100))
-    answers = {"AdvBench": stages.completions("harmful_evaluation", arm)}
-    if stages.has("hexphi"):
-        answers[ELSEWHERE["hexphi"]] = stages.completions("hexphi", arm)
-    if stages.has("harmbench"):
-        answers[ELSEWHERE["harmbench"]] = stages.harmbench(arm)
-    for prompts, own in answers.items():
-        success = proportion(attack_success(own)).scaled(100)
-        output.add(name, f"ASR {prompts} %", seed, success)
-        if prompts == "AdvBench":
-            coherent = proportion(not_refused(own)).scaled(100)
-            output.add(name, "no refusal phrase, AdvBench %", seed, coherent)
-
-
-def _paper_rows() -> pd.DataFrame:
+def _paper_rows() -> list[dict[str, str]]:
     """The paper's Table 11: pretrained, tuned on LIMA (unaligned), on ALERT as well (aligned)."""
     columns = {
-        ("mt_bench", "avg"): "MT-bench",
+        ("mt_bench", "avg"): "paper: MT-bench",
         ("advbench", "asr_keyword"): "no refusal phrase, AdvBench %",
-        ("advbench", "asr_llama_guard3"): "ASR AdvBench % (Llama Guard 3)",
-        ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI % (Llama Guard 3)",
+        ("advbench", "asr_llama_guard3"): "ASR AdvBench %",
+        ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI %",
     }
     return paper_rows("table11", columns, "stage")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,65 +10,98 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ..core.paths import reference_csv
-from ..evaluate.stats import paired_difference, proportion
-from ..lab.selections import ALL, CU6, FULL, headline, random_controls
-from ..lab.stages import Stages, paper_rule
-from ..lab.tuning import MAIN_ATTACK
-from ..units.families import BlockKind
-from ..units.roles import GROUPS, Roles, transfer
+from ..lab import catalogue
+from ..lab.arms import Arm
+from ..lab.catalogue import NOTHING, by_the_papers_rule
+from ..lab.config import Config
+from ..lab.lab import Lab
+from ..lab.measure import Measure
+from ..lab.metrics.units import OF_ESU, OTHER_PROMPTS
+from ..lab.stages.lessons import MAIN_ATTACK
+from ..lab.units_of import ALL_CU, CU6
+from ..units.roles import GROUPS
 from . import Output
-from .flows import draw_flow, draw_matrix
-from .render import COLOURS, STYLE, ShownFigure
+from .draw import COLOURS, STYLE, ShownFigure
+from .draw.flows import draw_flow, draw_matrix
+from .pick import rows_of
 
-if TYPE_CHECKING:
-    from ..app.study import Study
-
-RESAMPLED, RANDOM = "no fine-tuning, other prompts", f"random, as {CU6}"
-ARMS = (RESAMPLED, FULL, RANDOM, CU6, ALL)
-SCOPES: dict[str, BlockKind | None] = {"global": None, "attention": "attn", "mlp": "mlp"}
-RULES: tuple[Literal["thresholds", "quantiles"], ...] = ("thresholds", "quantiles")
+NOISE = "no fine-tuning, other prompts"
+PAPER = "paper: Llama-2-7B-Chat, Dolly"
 
 #: What a reader has to know of every figure here.
 _HOW = (
     "Fine-tuning on instructions: one epoch where nothing is frozen, else the last. Units are "
     "scored before and after on the same texts, and classified after by the scores at which the "
-    "groups ended before (thresholds; the same shares again, 'quantiles', are in the metrics). The "
-    "first arm is the noise floor: the same model, scored on other prompts of the same kind. "
+    "groups ended before (thresholds; the same shares again, 'quantiles', are in "
+    "measurements.csv). The first arm is the noise floor: the same model, scored on other prompts "
+    "of the same kind. "
 )
 
 
-def roles_by_arm(stages: Stages, rule: Literal["thresholds", "quantiles"]) -> dict[str, Roles]:
-    """Roles after each arm's fine-tuning."""
-    tunings = headline(stages, MAIN_ATTACK)
-    tunings[RANDOM] = next(iter(random_controls(stages, CU6, 1).values()))
-    found = {RESAMPLED: stages.roles_after("aligned", rule, resample=1)}
-    for name in ARMS[1:]:
-        arm = paper_rule(stages.measured(tunings[name], thorough=True))
-        found[name] = stages.roles_after(arm.which, rule)
-    return found
+def _arms(lab: Lab) -> dict[str, Arm]:
+    """Noise floor, nothing frozen, random units frozen, and the paper's two selections."""
+    fine_tuned = [
+        catalogue.unfrozen(lab, MAIN_ATTACK),
+        catalogue.with_frozen_control(lab, MAIN_ATTACK, "random", CU6, 0),
+        catalogue.with_frozen(lab, MAIN_ATTACK, CU6),
+        catalogue.with_frozen(lab, MAIN_ATTACK, ALL_CU),
+    ]
+    noise = Arm(lambda: lab.aligned, setting=OTHER_PROMPTS)
+    return {NOISE: noise} | {
+        _title(arm.columns()): arm for arm in map(by_the_papers_rule, fine_tuned)
+    }
 
 
-def _matrices(study: Study, output: Output, scopes: tuple[str, ...]) -> None:
-    """Every cell as a share of the scope's units, rows before, columns after."""
-    for stages in study.all_stages:
-        for rule in RULES:
-            for name, after in roles_by_arm(stages, rule).items():
-                for scope in scopes:
-                    counts = transfer(stages.roles, after, SCOPES[scope])
-                    total = int(counts.sum())
-                    for i, source in enumerate(GROUPS):
-                        for j, target in enumerate(GROUPS):
-                            k = int(counts[i, j])
-                            share = proportion([True] * k + [False] * (total - k)).scaled(100)
-                            metric = f"{source}->{target}"
-                            output.add(f"{name}, {scope}, {rule}", metric, stages.seed, share)
+def _title(arm: dict[str, Any]) -> str:
+    return f"frozen: {arm['rule']}" + (f", as {arm['like']}" if arm["like"] else "")
 
 
-def _mean_matrix(frame: pd.DataFrame, name: str, scope: str) -> np.ndarray:
+def ask_fig5(lab: Lab) -> list[Measure]:
+    """Who went from which group to which; and whether more ESU left than by noise."""
+    asked, arms = [], _arms(lab)
+    full = arms[f"frozen: {NOTHING}"]
+    for name, arm in arms.items():
+        on = OTHER_PROMPTS if name == NOISE else ""
+        asked.append(Measure(arm, "transfer", on))
+        if name != NOISE:
+            asked.append(Measure(arm, "transfer", "", full, "nothing frozen"))
+    return asked
+
+
+ask_fig11 = ask_fig12 = ask_fig5
+
+
+def ask_fig13(lab: Lab) -> list[Measure]:
+    """The same, and each arm against the noise floor."""
+    arms = _arms(lab)
+    noise = arms.pop(NOISE)
+    return ask_fig5(lab) + [
+        Measure(arm, "transfer", "", noise, OTHER_PROMPTS, OTHER_PROMPTS) for arm in arms.values()
+    ]
+
+
+#: Panel -> columns of its rows.
+_COLUMNS: dict[str, dict[str, Any]] = {
+    NOISE: {"setting": OTHER_PROMPTS},
+    f"frozen: {NOTHING}": {"rule": NOTHING, "epoch": 1},
+    f"frozen: random, as {CU6}": {"rule": "random", "like": CU6, "epoch": 2},
+    f"frozen: {CU6}": {"rule": CU6, "epoch": 2},
+    f"frozen: {ALL_CU}": {"rule": ALL_CU, "epoch": 2},
+}
+
+
+def _rows(table: pd.DataFrame, metric: str, panel: str, scope: str) -> pd.DataFrame:
+    columns = dict(_COLUMNS[panel])
+    if panel != NOISE:
+        columns |= {"method": "frozen", "attack": MAIN_ATTACK}
+    return rows_of(table, metric, set=scope, at="thresholds", **columns)
+
+
+def _matrix(table: pd.DataFrame, panel: str, scope: str) -> np.ndarray:
     """``[4, 4]`` per cent, mean over seeds, by thresholds."""
-    frame = frame[frame["arm"] == f"{name}, {scope}, thresholds"]
-    means = frame.groupby("metric")["value"].mean()
-    return np.array([[means[f"{a}->{b}"] for b in GROUPS] for a in GROUPS])
+    return np.array(
+        [[_rows(table, f"{a}->{b}", panel, scope)["value"].mean() for b in GROUPS] for a in GROUPS]
+    )
 
 
 def _paper_matrix(artefact: str, scope: str) -> np.ndarray:
@@ -81,100 +114,67 @@ def _paper_matrix(artefact: str, scope: str) -> np.ndarray:
 # --- figures ---------------------------------------------------------------------------------
 
 
-def fig5(study: Study) -> Output:
+def fig5(table: pd.DataFrame, config: Config) -> Output:
     """Flow of units between the groups (Fig. 5)."""
     output = Output(
-        note=_HOW + "Left of each panel the groups before, right those after; the width of a flow "
+        _HOW + "Left of each panel the groups before, right those after; the width of a flow "
         "is the square root of its share of all units, so that one per cent can be seen; numbers "
         "are per cent of all units, means over seeds."
     )
-    _matrices(study, output, ("global",))
-    frame = output.frame(study, "fig5")
-    panels = {name: _mean_matrix(frame, name, "global") for name in ARMS}
-    panels["paper: Llama-2-7B-Chat, Dolly"] = _paper_matrix("fig11", "global")
+    panels = {name: _matrix(table, name, "all units") for name in _COLUMNS}
+    panels[PAPER] = _paper_matrix("fig11", "global")
     with plt.style.context(STYLE):
-        figure = ShownFigure(figsize=(10, 5.4))
-        axes = figure.subplots(2, 3).flat
-        for place, (name, matrix) in zip(axes, panels.items(), strict=True):
-            draw_flow(place, matrix, _title(name))
-    output.figure = figure
+        output.figure = ShownFigure(figsize=(10, 5.4))
+        grid = output.figure.subplots(2, 3).flat
+        for axes, (name, matrix) in zip(grid, panels.items(), strict=True):
+            draw_flow(axes, matrix, name)
     return output
 
 
-def _title(name: str) -> str:
-    return f"frozen: {name}" if name in (FULL, CU6, ALL, RANDOM) else name
-
-
-def fig11(study: Study) -> Output:
+def fig11(table: pd.DataFrame, config: Config) -> Output:
     """Transfer matrices of all units (Fig. 11)."""
-    return _heat_maps(study, "fig11", ("global",))
+    return _heat_maps(table, "fig11", {"all units": "global"})
 
 
-def fig12(study: Study) -> Output:
+def fig12(table: pd.DataFrame, config: Config) -> Output:
     """Transfer matrices of attention heads and of MLP neurons (Fig. 12)."""
-    return _heat_maps(study, "fig12", ("attention", "mlp"))
+    return _heat_maps(table, "fig12", {"heads": "attention", "neurons": "mlp"})
 
 
-def _heat_maps(study: Study, artefact: str, scopes: tuple[str, ...]) -> Output:
+def _heat_maps(table: pd.DataFrame, artefact: str, scopes: dict[str, str]) -> Output:
+    """``scopes``: our name of some units -> the paper's."""
     output = Output(
-        note=_HOW + "Rows: group before; columns: group after; per cent of the scope's units, "
-        "means over seeds."
-    )
-    _matrices(study, output, scopes)
-    frame = output.frame(study, artefact)
-    shown = (RESAMPLED, FULL, CU6, ALL)
-    with plt.style.context(STYLE):
-        figure = ShownFigure(figsize=(12, 2.9 * len(scopes)))
-        grid = figure.subplots(len(scopes), len(shown) + 1, squeeze=False)
-        for row, scope in zip(grid, scopes, strict=True):
-            for axes, name in zip(row, shown, strict=False):
-                draw_matrix(axes, _mean_matrix(frame, name, scope), f"{_title(name)}\n{scope}")
-            title = f"paper: Llama-2-7B-Chat, Dolly\n{scope}"
-            draw_matrix(row[-1], _paper_matrix(artefact, scope), title)
-    output.figure = figure
-    return output
-
-
-def fig13(study: Study) -> Output:
-    """What becomes of the ESU (Fig. 13), with the noise floor and frozen arms."""
-    output = Output(
-        note=_HOW + "Each bar: the ESU before, by their group after, per cent of the ESU; means "
+        _HOW + "Rows: group before; columns: group after; per cent of the scope's units, means "
         "over seeds."
     )
-    for stages in study.all_stages:
-        _fates(stages, output)
-    frame = output.frame(study, "fig13")
-    bars = {}
-    for name in ARMS:
-        means = frame[frame["arm"] == f"{name}, thresholds"].groupby("metric")["value"].mean()
-        bars[_title(name)] = [means[f"ESU->{group}"] for group in GROUPS]
-    paper = pd.read_csv(reference_csv())
-    paper = paper[paper["artefact"] == "fig13"].set_index("setting")["value"]
-    bars["paper: Llama-2-7B-Chat, Dolly"] = [paper[f"ESU->{group}"] for group in GROUPS]
+    shown = (NOISE, f"frozen: {NOTHING}", f"frozen: {CU6}", f"frozen: {ALL_CU}")
     with plt.style.context(STYLE):
-        figure = ShownFigure(figsize=(7, 2.8))
-        axes = figure.subplots()
-        _draw_fates(axes, bars)
-    output.figure = figure
+        output.figure = ShownFigure(figsize=(12, 2.9 * len(scopes)))
+        grid = output.figure.subplots(len(scopes), len(shown) + 1, squeeze=False)
+        for row, (scope, printed) in zip(grid, scopes.items(), strict=True):
+            for axes, name in zip(row, shown, strict=False):
+                draw_matrix(axes, _matrix(table, name, scope), f"{name}\n{scope}")
+            draw_matrix(row[-1], _paper_matrix(artefact, printed), f"{PAPER}\n{scope}")
     return output
 
 
-def _fates(stages: Stages, output: Output) -> None:
-    esu = stages.layout.flatten(stages.roles.mask("ESU"))
-    for rule in RULES:
-        kept = {}
-        for name, after in roles_by_arm(stages, rule).items():
-            for group in GROUPS:
-                inside = stages.layout.flatten(after.mask(group))[esu].tolist()
-                if group == "ESU":
-                    kept[name] = inside
-                share = proportion(inside).scaled(100)
-                output.add(f"{name}, {rule}", f"ESU->{group}", stages.seed, share)
-        for name, inside in kept.items():
-            for base, metric in ((RESAMPLED, "kept_over_noise"), (FULL, "kept_over_full")):
-                if name != base:
-                    change = paired_difference(inside, kept[base]).scaled(100)
-                    output.add(f"{name}, {rule}", metric, stages.seed, change)
+def fig13(table: pd.DataFrame, config: Config) -> Output:
+    """What becomes of the ESU (Fig. 13), with the noise floor and frozen arms."""
+    output = Output(
+        _HOW + "Each bar: the ESU before, by their group after, per cent of the ESU; means over "
+        "seeds."
+    )
+    bars = {
+        name: [_rows(table, f"ESU->{group}", name, OF_ESU)["value"].mean() for group in GROUPS]
+        for name in _COLUMNS
+    }
+    paper = pd.read_csv(reference_csv())
+    printed = paper[paper["artefact"] == "fig13"].set_index("setting")["value"]
+    bars[PAPER] = [printed[f"ESU->{group}"] for group in GROUPS]
+    with plt.style.context(STYLE):
+        output.figure = ShownFigure(figsize=(7, 2.8))
+        _draw_fates(output.figure.subplots(), bars)
+    return output
 
 
 def _draw_fates(axes: Axes, bars: dict[str, list[float]]) -> None:

@@ -1,117 +1,115 @@
-"""The claims table: the paper's number, the published run, this run, and a verdict for each."""
+"""The claims table: the paper's number, the published run, this run, and a verdict."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from ..artefacts.render import format_estimate
+from ..artefacts.draw import format_estimate
+from ..artefacts.pick import paper, pooled
 from ..core.files import write_atomically
-from ..core.paths import reference_csv, results_root
-from ..evaluate.stats import Estimate, pool
-from . import CLAIMS, Claim
+from ..core.paths import results_root
+from ..evaluate.stats import Estimate
+from ..lab.table import read_table
+
+#: Columns of a claim that say which measurement decides it. ``block`` may be ``last`` or ``none``;
+#: a text that ends in ``*`` stands for all that begin so.
+_SUBJECT = [
+    "metric", "base", "method", "rule", "like", "attack", "epoch", "setting", "set", "at",
+    "against",
+]  # fmt: skip
 
 
-def measured(claim: Claim, results: Path) -> Estimate | None:
-    """The estimate behind a claim from a results folder's metrics, seeds pooled; None if absent.
+@functools.cache
+def claims() -> tuple[dict[str, Any], ...]:
+    """All claims, in the order of the table.
 
-    A number that is counted has no interval: it gets the range over seeds.
+    A claim holds where the whole 95 % interval lies on the side of ``limit`` that ``direction``
+    names (above or below), does not hold where it lies on the other, and is undecided otherwise.
     """
-    found = _rows_behind(claim, _metrics(results))
-    if found.empty:
+    frame = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
+    frame["epoch"] = pd.to_numeric(frame["epoch"]).fillna(0).astype(int)
+    frame["limit"] = frame["limit"].astype(float)
+    return tuple(frame.to_dict("records"))
+
+
+def behind(claim: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
+    """The measurements that decide a claim."""
+    chosen = pd.Series(True, index=table.index)
+    for name in _SUBJECT:
+        wanted = claim[name]
+        if isinstance(wanted, str) and wanted.endswith("*"):
+            chosen &= table[name].str.startswith(wanted[:-1])
+        else:
+            chosen &= table[name] == wanted
+    if claim["block"] == "last" and chosen.any():
+        chosen &= table["block"] == table[chosen]["block"].max()
+    elif claim["block"] == "none":
+        chosen &= table["block"].isna()
+    return table[chosen]
+
+
+def verdict(claim: dict[str, Any], estimate: Estimate) -> str:
+    """Whether a claim holds."""
+    limit = claim["limit"]
+    if claim["direction"] == "above":
+        holds, fails = estimate.low > limit, estimate.high <= limit
+    else:
+        holds, fails = estimate.high < limit, estimate.low >= limit
+    return "holds" if holds else "does not hold" if fails else "undecided"
+
+
+def _paper_number(claim: dict[str, Any]) -> float | None:
+    """What the paper's numbers make of it."""
+    if not claim["paper"]:
         return None
-    estimates = [Estimate(*row) for row in found[["value", "low", "high", "n"]].to_numpy()]
-    values = [e.value for e in estimates]
-    if all(e.low == e.high for e in estimates):
-        return Estimate(sum(values) / len(values), min(values), max(values), estimates[0].n)
-    return pool(estimates)
+    printed = paper(claim["artefact"], claim["paper_model"])
+
+    def number(name: str) -> float:
+        setting, _, metric = name.rpartition("/")
+        return printed[setting, metric]
+
+    value = number(claim["paper"])
+    if claim["paper_minus"]:
+        value -= number(claim["paper_minus"])
+    return value / number(claim["paper_over"]) if claim["paper_over"] else value
 
 
-@dataclass(frozen=True)
-class _Metrics:
-    """All numbers of a results folder: rows by artefact, and the seeds."""
-
-    rows: dict[str, pd.DataFrame]
-    seeds: list[str]
-
-
-def _metrics(results: Path) -> _Metrics:
-    path = results / "metrics.csv"
-    return _read(path, path.stat().st_mtime_ns) if path.exists() else _Metrics({}, [])
-
-
-@functools.lru_cache(maxsize=2)
-def _read(path: Path, _modified: int) -> _Metrics:
-    """Read once for all claims, until the file changes."""
-    frame = pd.read_csv(path, dtype={"seed": str})
-    return _Metrics(dict(list(frame.groupby("artefact"))), _seeds(frame))
-
-
-def _rows_behind(claim: Claim, metrics: _Metrics) -> pd.DataFrame:
-    if claim.artefact not in metrics.rows:
-        return pd.DataFrame()
-    frame = metrics.rows[claim.artefact]
-    return frame[(frame["arm"] == claim.arm) & (frame["metric"] == claim.metric)]
-
-
-def _number(claim: Claim, results: Path) -> str:
-    """The estimate as text, with its seeds where the results have more than it has."""
-    estimate, metrics = measured(claim, results), _metrics(results)
+def _number(rows: pd.DataFrame, seeds: set[int]) -> str:
+    """The estimate as text, with its seeds where the table has more than it has."""
+    estimate, own = pooled(rows), set(rows["seed"])
     if estimate is None:
         return ""
-    own = _seeds(_rows_behind(claim, metrics))
-    return format_estimate(estimate, 2) + (
-        f" (seed {', '.join(own)})" if own != metrics.seeds else ""
-    )
-
-
-def _seeds(frame: pd.DataFrame) -> list[str]:
-    """Seeds of some rows; ``1.0`` is a draw of seed 1."""
-    return sorted(set(frame["seed"].str.split(".").str[0]))
-
-
-def _paper_number(claim: Claim, reference: pd.DataFrame) -> float | None:
-    if claim.paper is None:
-        return None
-    # Attribute transfer names its models "Llama-2-7B-Chat -> dolly".
-    model = reference["model"].str.split(" -> ").str[0] == claim.paper_model
-    rows = reference[(reference["artefact"] == claim.artefact) & model]
-
-    def value(setting: str, metric: str) -> float:
-        match = rows[(rows["setting"] == setting) & (rows["metric"] == metric)]
-        return float(match["value"].mean())
-
-    return claim.paper(value)
+    some = f" (seed {', '.join(map(str, sorted(own)))})" if own != seeds else ""
+    return format_estimate(estimate, 2) + some
 
 
 def claims_table(results: Path) -> pd.DataFrame:
     """All claims with numbers as text; ``verdict`` is on this run (else on the published one)."""
-    reference = pd.read_csv(reference_csv())
-    published_folder = results_root() / "published"
+    published = read_table(results_root() / "published")
+    own = read_table(results) if results != results_root() / "published" else published.head(0)
     rows = []
-    for claim in CLAIMS:
-        paper = _paper_number(claim, reference)
-        published = measured(claim, published_folder)
-        own = measured(claim, results) if results != published_folder else None
-        decisive = own or published
-        agrees = ""
-        if own and published:
-            overlap = own.low <= published.high and published.low <= own.high
-            agrees = "yes" if overlap else "no"
+    for claim in claims():
+        found = {"published": behind(claim, published), "this run": behind(claim, own)}
+        theirs, ours = (pooled(part) for part in found.values())
+        decisive, agrees = ours or theirs, ""
+        if ours and theirs:
+            agrees = "yes" if ours.low <= theirs.high and theirs.low <= ours.high else "no"
+        printed = _paper_number(claim)
         rows.append(
             {
-                "claim": claim.id,
-                "artefact": claim.artefact,
-                "text": claim.text,
-                "unit": claim.unit,
-                "paper": "not measured" if paper is None else f"{paper:.2f}",
-                "published": _number(claim, published_folder),
-                "this run": _number(claim, results) if own else "",
+                "claim": claim["id"],
+                "artefact": claim["artefact"],
+                "text": claim["sentence"],
+                "unit": claim["unit"],
+                "paper": "not measured" if printed is None else f"{printed:.2f}",
+                "published": _number(found["published"], set(published["seed"])),
+                "this run": _number(found["this run"], set(own["seed"])),
                 "agrees": agrees,
-                "verdict": claim.verdict(decisive) if decisive else "not run",
+                "verdict": verdict(claim, decisive) if decisive else "not run",
             }
         )
     return pd.DataFrame(rows)

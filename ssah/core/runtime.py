@@ -56,6 +56,16 @@ def commit() -> str:
 
 
 @functools.cache
+def is_known(name: str) -> bool:
+    """Whether a commit, as :func:`commit` writes it, is one of the clone's history."""
+    command = ["git", "-C", str(PACKAGE), "merge-base", "--is-ancestor", name, "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@functools.cache
 def provenance() -> dict[str, Any]:
     """What made a result: recorded with every run, never part of its key."""
     versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}

@@ -1,21 +1,26 @@
-"""Content-addressed run store: each stage's outputs under a key of everything that shaped them.
+"""Content-addressed run store: outputs under a key of everything that shaped them.
 
 A run is a folder ``<stage>-<label>-<hash10>``. It is built beside its place, gets ``run.json``
 last and is then renamed, so a folder with a run.json is complete. A hit needs a parsable run.json
 and outputs whose sha256 still match; anything else is built again, and one line says why.
+
+What is asked for is a :class:`Handle`: its key is known at once, and it is built when one of its
+outputs is read. So a plan can be made of what there is to build without building any of it.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,19 +32,8 @@ from .runtime import peak_memory_mib, provenance
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its folder, its key and the seconds that it took, its inputs' excluded."""
-
-    folder: Path
-    key: str
-    seconds: float
-
-    def path(self, name: str) -> Path:
-        return self.folder / name
-
-    def json(self, name: str) -> Any:
-        return json.loads(self.path(name).read_text())
+class NotBuilt(LookupError):
+    """An output was read that is not there, where nothing may be built."""
 
 
 def canonical(value: Any) -> str:
@@ -57,107 +51,153 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True)
+class Handle:
+    """A run by its key, built when one of its outputs is read."""
+
+    store: Store
+    stage: str
+    label: str
+    config: Mapping[str, Any]  #: what the key is made of
+    build: Callable[[Path], None] = field(repr=False)
+    inputs: tuple[str, ...] = ()  #: keys of the runs that it is made from
+    resumable: bool = False
+
+    @functools.cached_property
+    def key(self) -> str:
+        return digest({"stage": self.stage, **self.config})
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, once it is built."""
+        return self.store.root / f"{self.stage}-{self.label}-{self.key[:10]}"
+
+    def has(self, name: str = "") -> bool:
+        """Whether it is built, and an output of that name (all of them if "") was not dropped."""
+        record = self.store.record(self.folder)
+        return record is not None and not _dropped(record, name)
+
+    def path(self, name: str) -> Path:
+        """An output, or a folder of them; built first where it is not there."""
+        self.store.require(self, name)
+        return self.folder / name
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.path(name).read_text(encoding="utf-8"))
+
+    def drop(self, pattern: str) -> None:
+        """Delete outputs that match, to make room; whoever reads them builds them again."""
+        self.store.drop(self.folder, self.key, pattern)
+
+
 class Store:
     """Runs under one root folder; safe for several processes at once."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.touched: dict[str, Run] = {}  # runs used since the caller last cleared this
-        self._intact: dict[tuple[str, bool], Run] = {}  # verified once in this process
-        self.built_seconds = 0.0  # spent on building, in this process
+        self.may_build = True
+        self.touched: set[str] = set()  #: keys of the runs read since the caller cleared this
+        self._intact: dict[str, dict[str, Any]] = {}  # records verified once in this process
+        self._asked: list[set[str]] = []  # inputs of the runs that are being built, innermost last
+        self._built_seconds = 0.0
 
-    def place(self, stage: str, label: str, key: Mapping[str, Any]) -> tuple[Path, str]:
-        """Folder and key of a run, whether it exists or not."""
-        sha = digest({"stage": stage, **key})
-        return self.root / f"{stage}-{label}-{sha[:10]}", sha
+    @contextmanager
+    def only_reading(self) -> Iterator[None]:
+        """Inside the block what is not built raises :class:`NotBuilt`."""
+        before, self.may_build = self.may_build, False
+        try:
+            yield
+        finally:
+            self.may_build = before
 
-    def get(
-        self,
-        stage: str,
-        label: str,
-        key: Mapping[str, Any],
-        build: Callable[[Path], None],
-        *,
-        resumable: bool = False,
-        whole: bool = True,
-    ) -> Run:
-        """The run for ``key``, built by ``build(folder)`` unless it is there and intact.
-
-        ``key`` holds the stage's version, config slice, seed and the keys of its inputs. A
-        ``resumable`` build finds what an interrupted one left in ``folder``; it must remove what
-        is not an output. With ``whole=False`` a run will do whose large outputs were dropped.
-        """
-        folder, sha = self.place(stage, label, key)
-        if (sha, whole) in self._intact:
-            return self.touched.setdefault(sha, self._intact[sha, whole])
+    def require(self, handle: Handle, name: str = "") -> None:
+        """See to it that an output is there and intact (all of them if the name is "")."""
+        key = handle.key
+        self.touched.add(key)
+        if self._asked:
+            self._asked[-1].add(key)
+        if key in self._intact and not _dropped(self._intact[key], name):
+            return
+        if not self.may_build and not handle.has(name):
+            raise NotBuilt(handle.folder.name)
+        folder = handle.folder
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
-            fault = self._fault(folder, whole)
+            fault = self._fault(folder, name)
             if fault:
                 if fault != "missing":
                     print(f"{folder.name}: {fault}; computing it again.", file=sys.stderr)
                 shutil.rmtree(folder, ignore_errors=True)
-                self._build(folder, stage, key, sha, build, resumable)
-            record = json.loads((folder / "run.json").read_text())
-        run = self.touched[sha] = Run(folder, sha, record["seconds"])
-        self._intact[sha, False] = run
-        if not record.get("dropped"):
-            self._intact[sha, True] = run
-        return run
+                self._build(handle)
+            self._intact[key] = json.loads((folder / "run.json").read_text())
 
-    def drop(self, run: Run, pattern: str) -> None:
-        """Delete a run's outputs that match, to make room; the rest stays a run, though not whole.
+    def record(self, folder: Path) -> dict[str, Any] | None:
+        """What ``run.json`` says; None where there is no finished run."""
+        try:
+            return json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError):
+            return None
 
-        They are computed again when somebody asks for the whole run.
-        """
-        with FileLock(run.folder.with_name(run.folder.name + ".lock")):
-            record = run.json("run.json")
-            dropped = fnmatch.filter(record["outputs"], pattern)
-            if not dropped:
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Of all finished runs, by key."""
+        found = (self.record(path.parent) for path in self.root.glob("*/run.json"))
+        return {record["key"]: record for record in found if record is not None}
+
+    def drop(self, folder: Path, key: str, pattern: str) -> None:
+        """Delete a run's outputs that match; nothing where it is not built."""
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            record = self.record(folder)
+            dropped = fnmatch.filter(record["outputs"], pattern) if record else []
+            if record is None or not dropped:
                 return
             record["dropped"] = sorted({*record.get("dropped", ()), *dropped})
             record["outputs"] = {n: s for n, s in record["outputs"].items() if n not in dropped}
-            partial = run.path(".run.json")
+            partial = folder / ".run.json"
             partial.write_text(json.dumps(record, indent=1))
-            partial.replace(run.path("run.json"))
+            partial.replace(folder / "run.json")
             for name in dropped:
-                run.path(name).unlink(missing_ok=True)
-            for folder in {run.path(name).parent for name in dropped} - {run.folder}:
-                folder.rmdir()
-        self._intact.pop((run.key, True), None)
+                (folder / name).unlink(missing_ok=True)
+            for parent in {(folder / name).parent for name in dropped} - {folder}:
+                parent.rmdir()
+        self._intact.pop(key, None)
 
-    def _fault(self, folder: Path, whole: bool) -> str | None:
+    def _fault(self, folder: Path, name: str) -> str | None:
         """Why the folder is no usable run, or None."""
         if not folder.exists():
             return "missing"
         try:
             record = json.loads((folder / "run.json").read_text())
             _ = record["seconds"]
-            if whole and record.get("dropped"):
-                return f"{record['dropped'][0]} and the like were dropped"
-            for name, sha in record["outputs"].items():
-                if file_digest(folder / name) != sha:
-                    return f"{name} is not what was written"
+            if _dropped(record, name):
+                return f"{name or record['dropped'][0]} was dropped to make room"
+            for output, sha in record["outputs"].items():
+                if file_digest(folder / output) != sha:
+                    return f"{output} is not what was written"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"it is damaged ({type(error).__name__})"
         return None
 
-    def _build(self, folder, stage, key, sha, build, resumable) -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        if not resumable:
+    def _build(self, handle: Handle) -> None:
+        partial = handle.folder.with_name(handle.folder.name + ".partial")
+        if not handle.resumable:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(exist_ok=True)
-        logger.info("Building %s", folder.name)
-        before, start = self.built_seconds, time.monotonic()
-        build(partial)
-        nested = self.built_seconds - before  # spent on inputs that this build asked for
+        logger.info("Building %s", handle.folder.name)
+        before, start = self._built_seconds, time.monotonic()
+        self._asked.append(set(handle.inputs))
+        try:
+            handle.build(partial)
+        finally:
+            inputs = self._asked.pop()
+        nested = self._built_seconds - before  # spent on inputs that this build asked for
         seconds = time.monotonic() - start - nested
-        self.built_seconds += seconds
+        self._built_seconds += seconds
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "run.json")
         record = {
-            "stage": stage,
-            "key": sha,
-            "config": key,
+            "stage": handle.stage,
+            "key": handle.key,
+            "config": handle.config,
+            "inputs": sorted(inputs),
             "outputs": {p.relative_to(partial).as_posix(): file_digest(p) for p in files},
             "seconds": round(seconds, 3),
             "peak_memory_mib": peak_memory_mib(),
@@ -165,4 +205,22 @@ class Store:
             **provenance(),
         }
         (partial / "run.json").write_text(json.dumps(record, indent=1))
-        partial.replace(folder)
+        partial.replace(handle.folder)
+
+
+def _dropped(record: Mapping[str, Any], name: str) -> bool:
+    """Whether an output, or something in a folder of outputs, was dropped; any of them if ""."""
+    dropped = record.get("dropped", ())
+    return any(not name or other == name or other.startswith(f"{name}/") for other in dropped)
+
+
+def seconds_behind(records: Mapping[str, Mapping[str, Any]], keys: set[str]) -> float:
+    """What these runs and everything that they were made from took, each counted once."""
+    seen: set[str] = set()
+    left = list(keys)
+    while left:
+        key = left.pop()
+        if key not in seen and key in records:
+            seen.add(key)
+            left += records[key].get("inputs", ())
+    return sum(records[key]["seconds"] for key in seen)

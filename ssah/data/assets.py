@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.errors import SsahError
 from ..core.paths import require_space
-from ..core.store import Run, Store
+from ..core.store import Handle, Store
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ ASSETS = {
 }
 
 
-def fetch(store: Store, name: str) -> Run:
-    """The files of one asset, downloaded on first use; ``run.path("files")`` holds them."""
+def fetch(store: Store, name: str) -> Handle:
+    """The files of one asset, downloaded on first use; ``path("files")`` holds them."""
     asset = ASSETS[name]
-    return store.get("asset", name, _key(asset), lambda folder: _download(asset, folder))
+    return Handle(store, "asset", name, _key(asset), lambda folder: _download(asset, folder))
 
 
 def _key(asset: Asset) -> dict[str, object]:
@@ -142,7 +142,7 @@ def inventory(store: Store) -> list[dict[str, str]]:
     """One row for each asset: what it is, whether it is here, its size, licence and source."""
     rows = []
     for asset in ASSETS.values():
-        folder, _ = store.place("asset", asset.name, _key(asset))
+        folder = fetch(store, asset.name).folder
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
         row = asdict(asset)
         row["here"] = f"{size:.1f} MB" if folder.exists() else "not yet"

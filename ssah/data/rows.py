@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import SsahError
-from ..core.store import Run
+from ..core.store import Handle
 
 #: Set name -> what it is for. No prompt of an evaluation set is used for anything else.
 SETS = {
@@ -67,7 +67,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def read_set(sets: Run, name: str) -> list[Row]:
+def read_set(sets: Handle, name: str) -> list[Row]:
     """The rows of one set; :class:`SsahError` where this source does not have it."""
     path = sets.path(f"{name}.jsonl")
     if name not in SETS | OPTIONAL_SETS or not path.exists():

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.errors import SsahError
 from ..core.paths import RESOURCES
-from ..core.store import Run, Store, file_digest
+from ..core.store import Handle, Store, file_digest
 from .embedded import embedded_sets
 from .own import arithmetic_rows, own_rows, toy_sets
 from .rows import Row, write_jsonl
@@ -20,7 +20,7 @@ from .settings import DataConfig
 from .user_files import sets_from_files
 
 
-def build_sets(store: Store, config: DataConfig) -> Run:
+def build_sets(store: Store, config: DataConfig) -> Handle:
     """All sets of a source, as ``<set>.jsonl`` in one run."""
     key: dict[str, Any] = {"version": 2, "config": dataclasses.asdict(config)}
     key["resources"] = {p.name: file_digest(p) for p in sorted(RESOURCES.glob("*.json*"))}
@@ -42,7 +42,7 @@ def build_sets(store: Store, config: DataConfig) -> Run:
         for name, rows in sources[config.source]().items():
             write_jsonl(folder / f"{name}.jsonl", rows)
 
-    return store.get("data", config.source, key, build)
+    return Handle(store, "data", config.source, key, build)
 
 
 def _own_beside(sets: dict[str, list[Row]], config: DataConfig) -> dict[str, list[Row]]:

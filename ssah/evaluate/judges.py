@@ -76,4 +76,4 @@ def not_refused(completions: Sequence[Completion]) -> list[bool]:
 
 def refused(completions: Sequence[Completion]) -> list[bool]:
     """Per completion: does it decline?"""
-    return [is_refusal(c.text) for c in completions]
+    return [judge(c) == "refused" for c in completions]

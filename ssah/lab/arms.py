@@ -1,65 +1,55 @@
-"""What is measured: a model, whole or with some units ablated, as shipped, aligned or tuned."""
+"""Arms: what is measured, named by columns of the table of measurements."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from ..training.part import Part
-from ..units.mask import UnitMask
-
-
-@dataclass(frozen=True)
-class Aligning:
-    """The unaligned model, aligned through a part of it: the aligned one is aligned as a whole.
-
-    Only the ``trained`` units train, or with a ``rank`` LoRA adapters of that rank do: everywhere,
-    or only where they change trained units. ``changes`` replace settings of ``align``.
-    """
-
-    trained: UnitMask | None = None
-    rank: int | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def part(self) -> Part:
-        """What trains."""
-        return Part(train=self.trained, rank=self.rank)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A model after ``epoch`` epochs on an attack's rows, with the ``frozen`` units kept.
-
-    With ``trained`` units named, everything else is kept instead. ``changes`` replace settings of
-    ``finetune``; ``base`` is the model that is fine-tuned.
-    """
-
-    attack: str
-    frozen: UnitMask | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
-    epoch: int = 1
-    base: Literal["aligned", "unaligned"] | Aligning = "aligned"
-    trained: UnitMask | None = None
-
-    @property
-    def part(self) -> Part:
-        """What trains."""
-        return Part(self.frozen, self.trained)
-
-    @property
-    def whole(self) -> bool:
-        """Whether all units train."""
-        return self.frozen is None and self.trained is None
-
-
-Which = Literal["unaligned", "aligned"] | Aligning | Tuning
+from .specs import Model
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A model as it is evaluated: whole, or with some units ablated."""
+    """A model, and the columns that say what it is.
 
-    which: Which = "aligned"
-    mask: UnitMask | None = None
-    mode: Literal["zero", "mean"] = "zero"
+    ``make`` gives the model when it is needed: which units it is about may have to be searched
+    for, and a plan is made before that.
+    """
+
+    make: Callable[[], Model] = field(compare=False, repr=False)
+    base: str = "aligned"  #: or ``unaligned``: what was there before
+    method: str = ""  #: ``removed``, ``frozen``, ``trained``: what happens to the units
+    rule: str = ""  #: which units: ``ESU``, ``random`` ...
+    like: str = ""  #: for a control: the rule whose numbers of heads and neurons it has
+    attack: str = ""  #: what the model was fine-tuned on
+    epoch: int = 0  #: of that
+    setting: str = ""  #: what is unusual: ``mean``, ``lower rate`` ...
+    draw: int | None = None
+
+    @functools.cached_property
+    def model(self) -> Model:
+        return self.make()
+
+    def columns(self) -> dict[str, Any]:
+        """Everything but the model."""
+        names = (f.name for f in dataclasses.fields(self) if f.name != "make")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def name(self) -> str:
+        """For people: ``ESU removed``, ``instructions, 2 epochs: nothing frozen`` and so on."""
+        units = self.rule + (f", as {self.like}" if self.like else "")
+        setting = f", {self.setting}" if self.setting else ""
+        draw = f", draw {self.draw}" if self.draw else ""
+        trained = f"{self.attack}, {self.epoch} epoch{'s' if self.epoch > 1 else ''}: "
+        after = trained if self.attack else ""
+        if self.method == "removed":
+            return f"{units} removed{setting}{draw}"
+        if self.method == "frozen":
+            return f"{after}{units} frozen{setting}{draw}"
+        if self.method == "trained":
+            return f"{after}aligned through {units}{setting}{draw}"
+        return f"{self.base}{setting}"

@@ -134,16 +134,12 @@ class RuntimeConfig:
 @dataclass
 class Config:
     """Everything. ``name`` is the profile's; seeds are ``seed`` ... ``seed + n_seeds - 1``.
-
-    ``add_to`` names a folder of results: arms and seeds that this run does not measure keep the
-    numbers that they have there.
     """
 
     name: str = MISSING
     seed: int = 0
     n_seeds: int = 1
     headline_seeds: int = 0  #: of Table 1 and the main attack of Table 2, where more than n_seeds
-    add_to: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
@@ -169,7 +165,7 @@ OPEN_KEYS = ("data.files.", "finetune.rows.")
 
 def known_keys() -> list[str]:
     """Every key that an override may set: ``roles.esu_shares`` and so on, and the groups."""
-    keys = ["seed", "n_seeds", "headline_seeds", "add_to", *GROUPS]
+    keys = ["seed", "n_seeds", "headline_seeds", *GROUPS]
     for top in fields(Config):
         node = Config.__dataclass_fields__[top.name].default_factory
         if is_dataclass(node):

@@ -16,7 +16,7 @@ from transformers import (
 from ..core.errors import SsahError
 from ..core.paths import require_space
 from ..core.progress import quiet
-from ..core.store import Run, Store, file_digest
+from ..core.store import Handle, Store, file_digest
 from ..data.assets import fetch
 from ..data.toy import build_tiny_model
 from ..text.chat import CHATML
@@ -27,9 +27,16 @@ from .config import ModelConfig
 class Checkpoint:
     """Where a model's files are and what identifies them in a run's key."""
 
-    path: str
+    source: str | Handle  #: a folder or a hub id, or the run that makes them
     identity: str
     revision: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The folder or hub id; the files are made first where they are not there."""
+        if isinstance(self.source, Handle):
+            return str(self.source.path("config.json").parent)
+        return self.source
 
 
 def locate(store: Store, config: ModelConfig) -> Checkpoint:
@@ -37,7 +44,7 @@ def locate(store: Store, config: ModelConfig) -> Checkpoint:
     if config.source == "embedded":
         run = _embedded(store)
     elif config.source == "tiny":
-        run = store.get("model", "tiny", {"version": 1}, build_tiny_model)
+        run = Handle(store, "model", "tiny", {"version": 1}, build_tiny_model)
     else:
         folder = Path(config.source).expanduser()
         if folder.is_dir():
@@ -48,16 +55,16 @@ def locate(store: Store, config: ModelConfig) -> Checkpoint:
         if config.source.startswith((".", "/", "~")):
             raise SsahError(f"model.source={config.source} does not exist: check the path.")
         return Checkpoint(config.source, _hub_commit(config), config.revision)
-    return Checkpoint(str(run.folder), run.key)
+    return Checkpoint(run, run.key)
 
 
-def _embedded(store: Store) -> Run:
+def _embedded(store: Store) -> Handle:
     asset = fetch(store, "smollm2")
-    gguf = next(asset.path("files").glob("*.gguf"))
 
     def build(folder: Path) -> None:
         """De-quantise once; later loads read plain safetensors."""
         require_space(1.5, folder)
+        gguf = next(asset.path("files").glob("*.gguf"))
         with quiet():
             source = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -72,7 +79,8 @@ def _embedded(store: Store) -> Run:
         tokenizer.pad_token = "<|endoftext|>"  # the file's pad is the end-of-turn token
         tokenizer.save_pretrained(folder)
 
-    return store.get("model", "smollm2", {"version": 1, "asset": asset.key}, build)
+    key = {"version": 1, "asset": asset.key}
+    return Handle(store, "model", "smollm2", key, build, (asset.key,))
 
 
 def _hub_commit(config: ModelConfig) -> str:

@@ -1,10 +1,14 @@
-"""Control selections: as many units of each kind as a given mask, chosen by something else.
+"""Rules that select units: each is a function in :data:`RULES`.
 
-Matching the number of heads and of neurons matches the number of parameters exactly, so a control
-differs from its target in *which* units it takes and in nothing else.
+A rule ranks all units, the first ones lowest. :func:`matched_by` takes as many heads and as many
+neurons as a target has, which matches the number of parameters exactly, so a selection differs from
+its target in *which* units it takes and in nothing else.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +19,75 @@ from ..units.mask import UnitMask
 
 KINDS: tuple[BlockKind, ...] = ("attn", "mlp")
 
-
-def sized(layout: UnitLayout, heads: float, neurons: float) -> UnitMask:
-    """Some mask that holds these fractions of the heads and of the neurons: a target of a size."""
-    kind = layout.flatten({b.name: torch.full((b.units,), b.kind == "attn") for b in layout.blocks})
-    chosen = torch.zeros(layout.units, dtype=torch.bool)
-    for members, fraction in ((kind, heads), (~kind, neurons)):
-        positions = members.nonzero().flatten()
-        chosen[positions[: round(fraction * len(positions))]] = True
-    return layout.mask(chosen)
+#: A number for each unit, by block, ``[units]``.
+Rank = dict[str, Tensor]
 
 
-def matched_by(layout: UnitLayout, target: UnitMask, rank: dict[str, Tensor]) -> UnitMask:
-    """The lowest-ranked units, as many heads and as many neurons as ``target`` has.
+class Evidence(Protocol):
+    """What a rule may look at; each is computed when it is asked for."""
 
-    ``rank`` holds one number for each unit, by block, ``[units]``.
-    """
+    layout: UnitLayout
+    seed: int  #: of what is drawn
+
+    def weights(self, which: str) -> Mapping[str, Tensor]:
+        """Parameters of the ``aligned`` or the ``given`` model, float32 on the CPU."""
+        ...
+
+    def difference(self) -> Rank:
+        """I_S - I_U."""
+        ...
+
+    def conflict(self) -> Rank:
+        """:func:`ssah.scoring.conflict.gradient_conflict`."""
+        ...
+
+
+def _random(evidence: Evidence) -> Rank:
+    """A uniform draw over all blocks."""
+    layout = evidence.layout
+    generator = torch.Generator().manual_seed(evidence.seed)
+    return layout.split(torch.rand(layout.units, generator=generator))
+
+
+def _smallest_magnitude(evidence: Evidence) -> Rank:
+    """By the norm of a unit's columns in ``B``: plain magnitude pruning."""
+    weights, found = evidence.weights("aligned"), {}
+    for block in evidence.layout.blocks:
+        squared = (weights[f"{block.output}.weight"] ** 2).sum(0)
+        found[block.name] = squared[block.channels].mean(1)
+    return found
+
+
+def _largest_magnitude(evidence: Evidence) -> Rank:
+    """Is any important unit a safety unit?"""
+    return _turned(_smallest_magnitude(evidence))
+
+
+def _moved_most(evidence: Evidence) -> Rank:
+    """By the distance that alignment moved a unit's weights."""
+    before, after = evidence.weights("given"), evidence.weights("aligned")
+    return evidence.layout.totals({name: -((after[name] - before[name]) ** 2) for name in after})
+
+
+def _turned(rank: Rank) -> Rank:
+    return {name: -part for name, part in rank.items()}
+
+
+RULES: dict[str, Callable[[Evidence], Rank]] = {
+    "random": _random,
+    "largest magnitude": _largest_magnitude,
+    "smallest magnitude": _smallest_magnitude,
+    "lowest I_S - I_U": lambda evidence: evidence.difference(),
+    "highest I_S - I_U": lambda evidence: _turned(evidence.difference()),
+    "moved most by alignment": _moved_most,
+    "gradient conflict": lambda evidence: _turned(evidence.conflict()),
+}
+
+
+def matched_by(layout: UnitLayout, target: UnitMask, rank: Mapping[str, Tensor]) -> UnitMask:
+    """The lowest-ranked units, as many heads and as many neurons as ``target`` has."""
     flat = layout.flatten(rank)
-    is_attention = torch.cat([torch.full((b.units,), b.kind == "attn") for b in layout.blocks])
+    is_attention = _attention(layout)
     chosen = torch.zeros(layout.units, dtype=torch.bool)
     for kind in KINDS:
         eligible = is_attention if kind == "attn" else ~is_attention
@@ -41,8 +96,23 @@ def matched_by(layout: UnitLayout, target: UnitMask, rank: dict[str, Tensor]) ->
     return layout.mask(chosen)
 
 
+def sized(layout: UnitLayout, heads: float, neurons: float) -> UnitMask:
+    """Some mask that holds these fractions of the heads and of the neurons: a target of a size."""
+    kind = _attention(layout)
+    chosen = torch.zeros(layout.units, dtype=torch.bool)
+    for members, fraction in ((kind, heads), (~kind, neurons)):
+        positions = members.nonzero().flatten()
+        chosen[positions[: round(fraction * len(positions))]] = True
+    return layout.mask(chosen)
+
+
+def _attention(layout: UnitLayout) -> Tensor:
+    """Which units are of attention blocks, bool ``[units]``."""
+    return torch.cat([torch.full((b.units,), b.kind == "attn") for b in layout.blocks])
+
+
 def random_units(layout: UnitLayout, target: UnitMask, seed: int) -> UnitMask:
-    """A uniform draw over all blocks, matched to ``target``."""
+    """As many random heads and neurons as ``target`` has."""
     generator = torch.Generator().manual_seed(seed)
     return matched_by(layout, target, layout.split(torch.rand(layout.units, generator=generator)))
 
@@ -50,11 +120,7 @@ def random_units(layout: UnitLayout, target: UnitMask, seed: int) -> UnitMask:
 def magnitude_units(
     model: nn.Module, layout: UnitLayout, target: UnitMask, *, largest: bool
 ) -> UnitMask:
-    """Units with the largest (or smallest) norm of their columns in ``B``, matched to ``target``.
-
-    The largest are the control for ESU (is any important unit a safety unit?), the smallest for
-    RU (plain magnitude pruning).
-    """
+    """Units with the largest (or smallest) norm of their columns in ``B``."""
     norms = {}
     for block in layout.blocks:
         weight = block.projection(model).weight.detach().float().cpu()

@@ -52,3 +52,7 @@ class Part:
         if self.train is not None:
             layout = UnitLayout.of(model, self.train.unit_kind)
             require_kept(layout, self.train, before, after)
+
+
+#: The whole model trains.
+EVERYTHING = Part()

@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,14 +15,10 @@ from transformers import MixtralConfig
 from helpers import CommandLine, built, copy_project, finish
 from ssah.app import cli, commands
 from ssah.artefacts import ARTEFACTS
-from ssah.claims.table import CLAIMS
+from ssah.claims.table import claims
+from ssah.lab.table import read_table
 
 TABLE = ("table1", "profile=smoke")
-ARMS = {"dense", "unaligned", "ESU", "EUU", "RU", "ESU, mean", "EUU, mean", "RU, mean"}
-
-
-def read_metrics(results: Path) -> pd.DataFrame:
-    return pd.read_csv(results / "metrics.csv", dtype={"seed": str})
 
 
 # --- in this process: nothing is computed ----------------------------------------------------
@@ -126,43 +121,6 @@ def test_the_smoke_profile_cannot_be_published(capsys):
     assert "mean nothing" in capsys.readouterr().err
 
 
-def test_what_cannot_be_published_is_named(capsys):
-    assert cli.main(["publish", "table44"]) == 1
-    assert "There is no notebook or artefact 'table44': did you mean" in capsys.readouterr().err
-    assert cli.main(["publish", "table4", "profile=smoke"]) == 1
-    assert "mean nothing" in capsys.readouterr().err
-
-
-def test_a_part_is_measured_as_the_published_run_and_added_to_it(monkeypatch, tmp_path):
-    """With the published run's settings unless others are named; the claims are redrawn."""
-    calls = []
-    monkeypatch.setattr("ssah.app.study.results_root", lambda: tmp_path)
-    monkeypatch.setattr(commands, "results_root", lambda: tmp_path)
-    monkeypatch.setattr(commands, "_prepare", lambda *a: calls.append(("prepare", *a)))
-    monkeypatch.setattr(commands, "execute", lambda *a: calls.append(("execute", *a)))
-    monkeypatch.setattr(
-        "ssah.app.study.Study.show", lambda self, name: calls.append(("show", name))
-    )
-    for name in ("publish_part", "print_claims"):
-        monkeypatch.setattr(
-            f"ssah.app.report.{name}", lambda *a, name=name: calls.append((name, *a))
-        )
-    assert cli.main(["publish", "table1", "06_alignment_budget", "seed=1"]) == 0
-    wide = [f"{group}=wide" for group in ("finetune", "evaluate", "probes", "budget")]
-    overrides = ["headline_seeds=3", *wide, "seed=1", "add_to=published"]
-    results, published = calls[3][1], tmp_path / "published"
-    artefacts = ["table1", "table4", "fig_budget", "fig6", "fig9", "fig10"]
-    assert calls == [
-        ("prepare", "laptop", overrides),
-        ("show", "table1"),
-        ("execute", "06_alignment_budget", results, "laptop", overrides),
-        ("publish_part", results, artefacts, ["06_alignment_budget"]),
-        ("execute", "00_index", published, "laptop", ["n_seeds=0"]),
-        ("print_claims", published),
-    ]
-    assert results.parent == tmp_path / "laptop"
-
-
 # --- in processes of their own ---------------------------------------------------------------
 
 
@@ -189,30 +147,28 @@ def test_table1_from_scratch_writes_its_files(ssah):
         path = folder / "tables" / f"table1.{suffix}"
         assert path.stat().st_size > 0
         assert str(path) in ssah.first.stdout
-    metrics = read_metrics(folder)
-    assert set(metrics["artefact"]) == {"table1"}
-    assert set(metrics["arm"]) >= ARMS
-    assert set(metrics["profile"]) == {"smoke"}
-    assert metrics[["value", "low", "high"]].map(math.isfinite).all(axis=None)
-    assert (metrics["low"] <= metrics["value"] + 1e-9).all()
-    assert (metrics["value"] <= metrics["high"] + 1e-9).all()
+    table = read_table(folder)
+    removed = table[table["method"] == "removed"]
+    assert set(removed["rule"]) >= {"ESU", "EUU", "RU", "random"}
+    assert set(table["base"]) == {"aligned", "unaligned"}
+    assert table[["value", "low", "high"]].map(math.isfinite).all(axis=None)
     text = (folder / "tables" / "table1.md").read_text()
-    assert "python -m ssah table1 profile=smoke" in text
-    assert "paper: Llama-2-7B-Chat" in text
+    assert "Command: ssah table1 profile=smoke" in text
+    assert "measured at commit" in text
 
 
 def test_table1_decides_every_claim_that_rests_on_it(ssah):
-    claims = pd.read_csv(ssah.results / "smoke" / "claims.csv").set_index("claim")
-    for claim in CLAIMS:
-        if claim.artefact == "table1":
-            assert claims.loc[claim.id, "verdict"] != "not run", claim.id
+    found = pd.read_csv(ssah.results / "smoke" / "claims.csv").set_index("claim")
+    for claim in claims():
+        if claim["artefact"] == "table1":
+            assert found.loc[claim["id"], "verdict"] != "not run", claim["id"]
 
 
 def test_nothing_half_written_stays(ssah):
     assert not list(ssah.runs.glob("*.partial"))
     files = {p.name for p in (ssah.results / "smoke").rglob("*") if p.is_file()}
     hidden = {name for name in files if name.startswith(".") and not name.endswith(".lock")}
-    assert hidden == {".runs.json"}  # which runs an artefact used, for the times
+    assert not hidden
     top = {p.name for p in ssah.project.iterdir()}
     assert top <= {"conf", "notebooks", "ssah", "results", "pyproject.toml"}
 
@@ -230,19 +186,17 @@ def test_the_second_run_computes_nothing_and_changes_nothing(ssah):
     assert built(done.stderr) == []
     assert ssah.finished_runs() == before
     assert (ssah.results / "smoke" / "tables" / "table1.csv").read_text() == table
-    metrics = read_metrics(ssah.results / "smoke")
-    assert not metrics.duplicated(["artefact", "arm", "metric", "seed"]).any()
 
 
 def test_a_corrupted_run_is_repaired_and_no_other(ssah):
-    victim = next(ssah.runs.glob("answers-tiny-*/completions.jsonl"))
+    victim = next(ssah.runs.glob("answers-tiny-*/answers.json"))
     original, table = victim.read_text(), ssah.results / "smoke" / "tables" / "table1.csv"
     before, numbers = ssah.finished_runs(), table.read_text()
     victim.write_text(original[: len(original) // 2])
     done = ssah(*TABLE)
     assert done.returncode == 0, done.stderr
     name = victim.parent.name
-    assert f"{name}: completions.jsonl is not what was written; computing it again." in done.stderr
+    assert f"{name}: answers.json is not what was written; computing it again." in done.stderr
     assert built(done.stderr) == [name]
     assert victim.read_text() == original
     after = ssah.finished_runs()
@@ -251,7 +205,7 @@ def test_a_corrupted_run_is_repaired_and_no_other(ssah):
 
 
 def test_a_sweep_keeps_its_results_apart(ssah):
-    before = (ssah.results / "smoke" / "metrics.csv").read_text()
+    before = read_table(ssah.results / "smoke")
     done = ssah("fig_roles_map", "profile=smoke", "-m", "seed=0,1")
     assert done.returncode == 0, done.stderr
     folders = [ssah.results / "smoke" / f"seed={seed}" for seed in (0, 1)]
@@ -260,9 +214,9 @@ def test_a_sweep_keeps_its_results_apart(ssah):
         for name in ("figures/fig_roles_map.png", "figures/fig_roles_map.svg"):
             assert (folder / name).stat().st_size > 0
             assert str(folder / name) in done.stdout
-        seeds.append(set(read_metrics(folder)["seed"]))
-    assert seeds == [{"0"}, {"1"}]
-    assert (ssah.results / "smoke" / "metrics.csv").read_text() == before
+        seeds.append(set(read_table(folder)["seed"]))
+    assert seeds == [{0}, {1}]
+    assert read_table(ssah.results / "smoke").equals(before)
     assert {p.name for p in ssah.project.iterdir()} <= {
         "conf", "notebooks", "ssah", "results", "pyproject.toml"
     }, "a sweep leaves no files of its own"  # fmt: skip
@@ -275,7 +229,7 @@ def test_a_kill_in_the_middle_costs_one_stage(empty, ssah):
     watchdog.start()
     for line in process.stderr:
         lines.append(line)
-        if "Building align" in line:
+        if "Building train_refusals" in line:
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.communicate()
@@ -292,7 +246,7 @@ def test_a_kill_in_the_middle_costs_one_stage(empty, ssah):
     assert {name: after[name] for name in finished} == finished
     assert not list(empty.runs.glob("*.partial"))
     # The same seeds give the same names and the same numbers, interrupted or not.
-    numbers = [read_metrics(c.results / "smoke")[["arm", "metric", "value"]] for c in (empty, ssah)]
+    numbers = [read_table(c.results / "smoke").drop(columns="commits") for c in (empty, ssah)]
     pd.testing.assert_frame_equal(*numbers)
 
 
@@ -313,6 +267,4 @@ def test_two_processes_side_by_side_share_the_work(empty):
     names = [name for d in done for name in built(d.stderr)]
     assert len(names) == len(set(names)), "no stage was computed twice"
     assert set(names) == set(empty.finished_runs())
-    metrics = read_metrics(empty.results / "smoke")
-    assert not metrics.duplicated(["artefact", "arm", "metric", "seed"]).any()
-    assert set(metrics["arm"]) >= ARMS
+    assert len(read_table(empty.results / "smoke"))

@@ -18,14 +18,13 @@ EPOCHS = 20
 
 #: Trains one arm, a tenth of the units frozen, and prints where its models are.
 PROGRAM = f"""
-from ssah.lab.arms import Tuning
-from ssah.scoring.selectors import random_units
 from ssah import Study
+from ssah.lab.units_of import group, matched
+from ssah.training.part import Part
 
-stages = Study("smoke", ["finetune.epochs={EPOCHS}"]).stages(0)
-mask = random_units(stages.layout, stages.roles.select("ESU", "CU:6%"), seed=0)
-tuning = Tuning("dialogues", mask)
-print(stages._training_run(tuning, whole=True).folder)
+lab = Study("smoke", ["finetune.epochs={EPOCHS}"]).labs[0]
+mask = matched(lab, "random", group(lab, "ESU + 6 % CU"))
+print(lab.training(lab.aligned.trained("dialogues", Part(freeze=mask))).path(""))
 """
 
 
@@ -49,7 +48,7 @@ def finished(process: subprocess.Popen[str]) -> Path:
 
 def checkpoints(home: Path) -> list[int]:
     """Steps of the checkpoints that lie there now."""
-    found = home.glob("runs/finetune-*.partial/trainer/checkpoint-*")
+    found = home.glob("runs/train_dialogues-*.partial/trainer/checkpoint-*")
     return sorted(int(path.name.rpartition("-")[2]) for path in found)
 
 
@@ -71,7 +70,7 @@ def test_a_kill_costs_at_most_one_checkpoint_interval(project, tmp_path):
     process.communicate()
     reached = max(checkpoints(home)) // steps_an_epoch
     assert reached < EPOCHS, "the kill came too late to say anything"
-    partial = next(home.glob("runs/finetune-*.partial"))
+    partial = next(home.glob("runs/train_dialogues-*.partial"))
     kept = {n: (partial / f"epoch-{n}/model.safetensors").stat().st_mtime_ns for n in (1, 2, 3, 4)}
 
     resumed = finished(start(project, home))

@@ -11,12 +11,14 @@ import torch
 
 from helpers import CommandLine, built, copy_project
 from ssah.app.study import Study
+from ssah.artefacts.pick import estimate, rows_of
 from ssah.core.paths import home
-from ssah.core.store import Store
+from ssah.core.store import Handle, Store
 from ssah.data.assets import ASSETS, fetch
-from ssah.lab.arms import Arm
 from ssah.lab.config import compose
 from ssah.lab.load import load_model, locate
+from ssah.lab.stages.units import roles, statistics
+from ssah.lab.table import read_table
 
 pytestmark = pytest.mark.real
 
@@ -43,28 +45,17 @@ MINIATURE = [
     "evaluate.sweep_random_draws=1",
 ]
 
-ARMS = {
-    "dense",
-    "unaligned",
-    "ESU",
-    "EUU",
-    "RU",
-    "ESU, mean",
-    "EUU, mean",
-    "RU, mean",
-    "random, as ESU",
-    "random, as RU",
-    "largest magnitude, as ESU",
-    "smallest magnitude, as RU",
-}
-
 
 @pytest.fixture(scope="module")
 def ssah(tmp_path_factory) -> CommandLine:
     """A copy of the project with a cache of its own, but for the downloads and the base model."""
     shared = Store(home() / "runs")
     runs = [fetch(shared, name) for name in ASSETS]
-    runs.append(shared.touched[locate(shared, compose("laptop").model).identity])
+    given = locate(shared, compose("laptop").model).source
+    assert isinstance(given, Handle)
+    runs.append(given)
+    for run in runs:
+        run.path("")
     folder = tmp_path_factory.mktemp("real")
     own = folder / "home" / "runs"
     own.mkdir(parents=True)
@@ -78,44 +69,47 @@ def ssah(tmp_path_factory) -> CommandLine:
 
 
 @pytest.fixture(scope="module")
-def metrics(ssah) -> pd.DataFrame:
-    found = list(ssah.results.glob("laptop/*/metrics.csv"))
+def table(ssah) -> pd.DataFrame:
+    found = list(ssah.results.glob("laptop/*/measurements.parquet"))
     assert len(found) == 1, "overrides have a results folder of their own"
-    return pd.read_csv(found[0], dtype={"seed": str})
+    return read_table(found[0].parent)
 
 
-def value(metrics: pd.DataFrame, arm: str, metric: str) -> float:
-    found = metrics[(metrics["arm"] == arm) & (metrics["metric"] == metric)]
-    assert len(found) == 1
-    return found["value"].item()
+def removed(table: pd.DataFrame, metric: str, rule: str, like: str = "") -> float:
+    return estimate(table, metric, method="removed", rule=rule, like=like).value
 
 
-def test_every_arm_is_measured(metrics):
-    assert set(metrics["arm"]) >= ARMS
-    for metric in ("asr_nosys", "perplexity"):
-        assert set(metrics[metrics["metric"] == metric]["arm"]) >= ARMS
+def test_every_arm_is_measured(table):
+    for rule, like, setting in (
+        *((group, "", setting) for group in ("ESU", "EUU", "RU") for setting in ("", "mean")),
+        ("random", "ESU", ""),
+        ("random", "RU", ""),
+        ("largest magnitude", "ESU", ""),
+        ("smallest magnitude", "RU", ""),
+    ):
+        for metric in ("ASR", "no refusal phrase", "perplexity"):
+            columns = {"method": "removed", "rule": rule, "like": like, "setting": setting}
+            assert len(rows_of(table, metric, **columns)) == 1, (metric, columns)
 
 
-def test_perplexities_are_those_of_a_language_model(metrics):
-    assert 2 < value(metrics, "dense", "perplexity") < 200
-    assert 2 < value(metrics, "unaligned", "perplexity") < 200
-    every = metrics[metrics["metric"] == "perplexity"]["value"]
-    assert every.gt(1).all()
-    assert every.map(lambda number: number < float("inf")).all()
+def test_perplexities_are_those_of_a_language_model(table):
+    for base in ("aligned", "unaligned"):
+        assert 2 < estimate(table, "perplexity", base=base).value < 200
+    assert table[table["metric"] == "perplexity"]["value"].between(0.5, 1e6).all()
 
 
-def test_what_is_removed_matters(metrics):
-    dense = value(metrics, "dense", "perplexity")
-    assert value(metrics, "EUU", "perplexity") > dense
-    assert value(metrics, "RU", "perplexity") != dense
+def test_what_is_removed_matters(table):
+    whole = estimate(table, "perplexity").value
+    assert removed(table, "perplexity", "EUU") > whole
+    assert removed(table, "perplexity", "RU") != whole
 
 
-def test_groups_have_the_shares_that_were_asked_for(metrics):
+def test_groups_have_the_shares_that_were_asked_for(table):
     for group, share in (("RU", 10), ("ESU", 2), ("EUU", 10)):
-        assert value(metrics, group, "share_units") == pytest.approx(share, abs=0.5)
-    for control, group in (("random, as ESU", "ESU"), ("smallest magnitude, as RU", "RU")):
+        assert removed(table, "units", group) == pytest.approx(share, abs=0.5)
+    for control, like in (("random", "ESU"), ("smallest magnitude", "RU")):
         for metric in ("heads", "neurons"):
-            assert value(metrics, control, metric) == value(metrics, group, metric)
+            assert removed(table, metric, control, like) == removed(table, metric, like)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -129,23 +123,22 @@ def fingerprint(model: torch.nn.Module) -> str:
 def test_weights_are_unchanged_after_every_ablation(ssah, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("SSAH_HOME", str(ssah.home))
     study = Study("laptop", MINIATURE, results=tmp_path)
-    stages = study.all_stages[0]
+    lab = study.labs[0]
     before = ssah.finished_runs()
-    model = stages.model("aligned")
-    whole = fingerprint(model)
     ids = torch.arange(1, 9)[None]
 
-    def logits() -> torch.Tensor:
+    def logits(model: torch.nn.Module) -> torch.Tensor:
         with torch.inference_mode():
             return model(input_ids=ids, use_cache=False).logits
 
-    plain = logits()
+    with lab.use(lab.aligned) as model:
+        whole, plain = fingerprint(model), logits(model)
     for group in ("ESU", "EUU", "RU"):
-        for mode in ("zero", "mean"):
-            with stages.in_effect(Arm("aligned", stages.roles.mask(group), mode)):
-                assert not torch.equal(logits(), plain), (group, mode)
-            assert fingerprint(model) == whole, (group, mode)
-            assert torch.equal(logits(), plain), (group, mode)
-    saved = load_model(stages.checkpoint("aligned"), study.config.model, stages.device)
+        for mean in (None, statistics(lab, "utility")):
+            with lab.use(lab.aligned.ablated(roles(lab).mask(group), mean)) as ablated:
+                assert not torch.equal(logits(ablated), plain), (group, mean)
+            assert fingerprint(model) == whole, (group, mean)
+            assert torch.equal(logits(model), plain), (group, mean)
+    saved = load_model(lab.checkpoint(lab.aligned), study.config.model, lab.device)
     assert fingerprint(saved) == whole, "and they are those that were saved"
     assert ssah.finished_runs() == before, "all of this was computed by the command"

@@ -56,7 +56,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def refused(store: Store) -> str:
     """The sentence of a fetch that must fail, after checking that it left nothing behind."""
     with pytest.raises(SsahError) as error:
-        fetch(store, "fake")
+        fetch(store, "fake").path("files")
     assert not list(store.root.rglob("run.json"))
     left = {p.name for p in store.root.rglob("*") if p.is_file() and p.suffix != ".lock"}
     assert left <= {"requirement.txt"}, "the next attempt overwrites it; nothing else stays"
@@ -79,7 +79,7 @@ def test_only_the_named_files_are_extracted(store, offer):
 
 def test_the_second_time_pip_does_not_run(store, offer, monkeypatch):
     offer()
-    fetch(store, "fake")
+    fetch(store, "fake").path("files")
 
     def forbidden(*_, **__):
         raise AssertionError("no process may be started")

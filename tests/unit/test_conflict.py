@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssah.app.study import Study
-from ssah.lab.stages import Stages
+from ssah.lab.lab import Lab
+from ssah.lab.stages import units as units_stage
+from ssah.lab.stages.lessons import lesson
+from ssah.lab.stages.units import conflict
 
 RATE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory) -> Stages:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSAH_HOME", str(tmp_path_factory.mktemp("home")))
-        return Study("smoke").stages(0)
+def lab(smoke_lab) -> Lab:
+    return smoke_lab()
 
 
 def losses(model, pairs) -> Iterator[torch.Tensor]:
@@ -42,14 +42,16 @@ def total_loss(model, pairs) -> float:
     return sum(loss.item() for loss in losses(model, pairs))
 
 
-def test_it_predicts_what_a_step_of_one_unit_does_to_refusals(stages):
-    found = stages.conflict("dialogues")
-    rows, _ = stages.attack_rows("dialogues")
-    safety = stages.safety_pairs()
-    model = copy.deepcopy(stages.model("aligned")).double()
-    sign = {n: g.sign() for n, g in gradients(model, stages.encoded("dialogues", rows)).items()}
+def test_it_predicts_what_a_step_of_one_unit_does_to_refusals(lab):
+    learned = lesson(lab, "dialogues")
+    found = conflict(lab, learned)
+    rows, refusals = units_stage._own_answers(lab, "safety", lab.aligned, 0)
+    safety = units_stage._encoded(lab, rows, refusals, lab.config.attribution)
+    with lab.use(lab.aligned) as loaded:
+        model = copy.deepcopy(loaded).double()
+    sign = {n: g.sign() for n, g in gradients(model, learned.taught(lab)).items()}
     before = total_loss(model, safety)
-    for block in stages.layout.blocks:
+    for block in lab.layout.blocks:
         units = found[block.name].abs().argsort(descending=True)[:2]
         for unit in units.tolist():
             stepped = copy.deepcopy(model)
@@ -64,9 +66,10 @@ def test_it_predicts_what_a_step_of_one_unit_does_to_refusals(stages):
             assert change == pytest.approx(expected, rel=0.05), (block.name, unit)
 
 
-def test_the_aligned_model_is_left_as_it_was(stages):
-    before = {n: p.detach().clone() for n, p in stages.model("aligned").named_parameters()}
-    stages.conflict("dialogues")
-    for name, parameter in stages.model("aligned").named_parameters():
-        assert parameter.grad is None
-        assert torch.equal(parameter, before[name])
+def test_the_aligned_model_is_left_as_it_was(lab):
+    with lab.use(lab.aligned) as model:
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        conflict(lab, lesson(lab, "arithmetic"))
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is None
+            assert torch.equal(parameter, before[name])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ssah.core.errors import SsahError
 from ssah.core.paths import RESOURCES, home
-from ssah.core.store import Run, Store
+from ssah.core.store import Handle, Store
 from ssah.data.arithmetic import arithmetic_problems
 from ssah.data.refusals import compose_refusal
 from ssah.data.rows import SETS, Row, read_jsonl, read_set
@@ -331,7 +331,7 @@ def files(tmp_path, monkeypatch):
     return make
 
 
-def built(tmp_path: Path, config: DataConfig) -> Run:
+def built(tmp_path: Path, config: DataConfig) -> Handle:
     return build_sets(Store(tmp_path / "runs"), config)
 
 

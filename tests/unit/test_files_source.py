@@ -15,7 +15,8 @@ from ssah.data.arithmetic import arithmetic_problems
 from ssah.data.rows import SETS, read_set
 from ssah.data.sets import build_sets
 from ssah.lab.config import compose
-from ssah.lab.stages import Stages
+from ssah.lab.lab import Lab
+from ssah.lab.stages.lessons import heldout, lesson
 
 SIZES = ["data.evaluation=8", "data.search=4", "data.align=6", "align.harmful=6"]
 
@@ -53,8 +54,8 @@ def two_files(tmp_path) -> list[str]:
     return ["data=files", *files, *SIZES]
 
 
-def stages(tmp_path: Path, overrides: list[str]) -> Stages:
-    return Stages(compose("smoke", overrides), Store(tmp_path / "runs"), 0)
+def lab_of(tmp_path: Path, overrides: list[str]) -> Lab:
+    return Lab(compose("smoke", overrides), Store(tmp_path / "runs"), 0)
 
 
 def test_files_are_named_on_the_command_line():
@@ -71,7 +72,7 @@ def test_files_are_named_on_the_command_line():
 
 def test_sets_that_are_not_given_are_left_out(tmp_path, two_files):
     """A null entry is none, and it changes nothing where a set is ours to give."""
-    found = stages(tmp_path, [*two_files, "data.files.arithmetic=null"])
+    found = lab_of(tmp_path, [*two_files, "data.files.arithmetic=null"])
     parts = {name for name in SETS if name.startswith(("harmful_", "benign_"))}
     assert {name for name in SETS if found.has(name)} == parts | {
         "heldout_text",
@@ -85,24 +86,24 @@ def test_sets_that_are_not_given_are_left_out(tmp_path, two_files):
 
 def test_a_further_set_is_taken_as_it_is(tmp_path, two_files):
     records = answered("tell", 30)
-    found = stages(tmp_path, [*two_files, given(tmp_path, "dialogues", records)])
+    found = lab_of(tmp_path, [*two_files, given(tmp_path, "dialogues", records)])
     rows = found.rows("dialogues")
     assert [{"prompt": row.prompt, "response": row.response} for row in rows] == records
     assert len({row.id for row in rows}) == 30
-    trained, heldout = found.attack_rows("dialogues")
-    assert {row.id for row in trained + heldout} <= {row.id for row in rows}
-    assert (len(trained), len(heldout)) == (16, 8)
+    trained, rest = lesson(found, "dialogues").rows, heldout(found, "dialogues").rows
+    assert {row.id for row in trained + rest} <= {row.id for row in rows}
+    assert (len(trained), len(rest)) == (16, 8)
 
 
 def test_ours_are_there_and_the_users_replace_them(tmp_path, two_files):
-    ours = stages(tmp_path, two_files).rows("arithmetic")
+    ours = lab_of(tmp_path, two_files).rows("arithmetic")
     problems = arithmetic_problems(400, 0)
     assert [(r.prompt, r.response, r.choices) for r in ours] == [
         (question, worked, (answer,)) for question, worked, answer in problems
     ]
-    assert {r.source for r in stages(tmp_path, two_files).rows("borderline")} == {"ssah"}
+    assert {r.source for r in lab_of(tmp_path, two_files).rows("borderline")} == {"ssah"}
     records = [{"prompt": f"1 + {i}?", "response": f"The answer is {i + 1}."} for i in range(40)]
-    theirs = stages(tmp_path, [*two_files, given(tmp_path, "arithmetic", records)])
+    theirs = lab_of(tmp_path, [*two_files, given(tmp_path, "arithmetic", records)])
     assert [row.prompt for row in theirs.rows("arithmetic")] == [r["prompt"] for r in records]
 
 
@@ -131,19 +132,15 @@ def results(tmp_path, monkeypatch) -> Path:
 def test_without_dialogues_table_2_has_no_row_of_them(tmp_path, results, two_files):
     assert main(["table2", "profile=smoke", *two_files]) == 0
     (path,) = results.rglob("tables/table2.csv")
-    attacks = set(pd.read_csv(path)["arm"].str.partition(": ")[0])
-    assert attacks == {"initial", "instructions"}
+    assert set(pd.read_csv(path, keep_default_na=False)["attack"]) == {"", "instructions"}
 
 
-def test_table_2_of_the_users_files_has_no_harmbench_column(tmp_path, results, two_files):
+def test_table_2_of_the_users_files(tmp_path, results, two_files):
+    """With their dialogues, on their prompts; and without HarmBench, which they do not have."""
     dialogues = given(tmp_path, "dialogues", answered("tell", 40))
     assert main(["table2", "profile=smoke", *two_files, dialogues]) == 0
-    (path,) = results.rglob("table2.md")
-    header = path.read_text("utf-8").splitlines()[0]
-    assert "ASR HEx-PHI (Llama Guard 3)" in header
-    assert "ASR HarmBench" not in header
-    metrics = pd.read_csv(path.with_suffix(".csv"))
-    assert "asr_harmbench" not in set(metrics["metric"])
-    arms = set(metrics["arm"])
-    assert {f"{attack}: nothing, 1 epoch" for attack in ("dialogues", "instructions")} <= arms
-    assert (metrics[metrics["metric"] == "asr"]["n"] == 8).all()
+    (path,) = results.rglob("tables/table2.csv")
+    found = pd.read_csv(path, keep_default_na=False)
+    assert set(found["attack"]) == {"", "instructions", "dialogues"}
+    assert "HarmBench" not in set(found["set"])
+    assert set(found[found["metric"] == "ASR"]["n"]) == {8}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ssah.core.store import Run, Store, canonical, digest
+from ssah.core.store import Handle, NotBuilt, Store, canonical, digest, seconds_behind
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -33,23 +33,53 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def fresh(root: Path, build: Callable[[Path], None], key: dict | None = None, **options) -> Run:
-    """Ask a store that has verified nothing yet, as a new process would."""
-    return Store(root).get("stage", "label", key or {"version": 1}, build, **options)
+def lazy(store: Store, build: Callable[[Path], None], key: dict | None = None, **more) -> Handle:
+    return Handle(store, more.pop("stage", "stage"), "label", key or {"version": 1}, build, **more)
+
+
+def fresh(root: Path, build: Callable[[Path], None], key: dict | None = None, **more) -> Handle:
+    """Built, or found by a store that has verified nothing yet, as by a new process."""
+    handle = lazy(Store(root), build, key, **more)
+    handle.path("")
+    return handle
+
+
+def test_nothing_is_built_before_an_output_is_read(root):
+    build, store = Counter(), Store(root)
+    handle = lazy(store, build)
+    assert handle.folder.name == f"stage-label-{handle.key[:10]}"
+    assert not handle.has()
+    assert build.calls == 0
+    assert handle.path("deep/output.txt").read_text() == "content"
+    assert handle.has()
+    assert build.calls == 1
+
+
+def test_where_nothing_may_be_built_what_is_missing_is_named(root):
+    build, store = Counter(), Store(root)
+    handle = lazy(store, build)
+    with store.only_reading(), pytest.raises(NotBuilt, match=handle.folder.name):
+        handle.path("deep/output.txt")
+    assert build.calls == 0
+    assert not root.exists()
+    handle.path("deep/output.txt")
+    with Store(root).only_reading():
+        assert lazy(store, build).path("deep/output.txt").exists()
 
 
 def test_a_second_process_reads_what_the_first_one_built(root):
     build = Counter()
     first, second = fresh(root, build), fresh(root, build)
     assert build.calls == 1
-    assert first == second
+    assert first.key == second.key
     assert second.path("deep/output.txt").read_text() == "content"
 
 
 def test_one_store_verifies_a_run_once(root):
     build, store = Counter(), Store(root)
-    first = store.get("stage", "label", {"a": 1}, build)
-    assert store.get("stage", "label", {"a": 1}, build) is first
+    path = lazy(store, build).path("deep/output.txt")
+    path.write_text("changed behind its back")
+    assert lazy(store, build).path("deep/output.txt").read_text() == "changed behind its back"
     assert build.calls == 1
 
 
@@ -65,9 +95,8 @@ def test_anything_in_the_key_makes_another_run(root, other):
 
 
 def test_stages_with_equal_keys_are_apart(root):
-    store, build = Store(root), Counter()
-    one = store.get("one", "label", {"a": 1}, build)
-    two = store.get("two", "label", {"a": 1}, build)
+    build = Counter()
+    one, two = (fresh(root, build, {"a": 1}, stage=stage) for stage in ("one", "two"))
     assert build.calls == 2
     assert one.key != two.key
 
@@ -189,29 +218,101 @@ def test_a_resumable_build_finds_what_the_interrupted_one_left(root):
     assert list(run.json("run.json")["outputs"]) == ["output.txt"]
 
 
-def test_seconds_leave_out_the_inputs(root):
+def test_inputs_are_what_was_named_and_what_was_read_while_building(root):
     store = Store(root)
+    named, read = (lazy(store, Counter(), {"number": n}) for n in (1, 2))
+    whole = lazy(store, lambda _: read.path(""), {"number": 3}, inputs=(named.key,))
+    whole.path("")
+    assert set(whole.json("run.json")["inputs"]) == {named.key, read.key}
+    assert store.touched == {read.key, whole.key}, "what is only named is not read"
 
-    def inner(folder: Path) -> None:
-        time.sleep(0.4)
 
-    def outer(folder: Path) -> None:
-        store.get("input", "x", {}, inner)
+def test_seconds_are_counted_once_and_without_those_of_inputs(root):
+    store = Store(root)
+    inner = lazy(store, lambda _: time.sleep(0.4), {"number": 1})
+
+    def build(_: Path) -> None:
+        inner.path("")
         time.sleep(0.1)
 
-    whole = store.get("whole", "x", {}, outer)
-    part = store.touched[store.place("input", "x", {})[1]]
-    assert part.seconds >= 0.4
-    assert 0.1 <= whole.seconds < 0.4
-    assert set(store.touched) == {whole.key, part.key}
+    outer = [lazy(store, build, {"number": n}) for n in (2, 3)]
+    for handle in outer:
+        handle.path("")
+    records = store.records()
+    seconds = {handle.key: records[handle.key]["seconds"] for handle in (inner, *outer)}
+    assert seconds[inner.key] >= 0.4
+    assert all(0.1 <= seconds[handle.key] < 0.4 for handle in outer)
+    whole = seconds_behind(records, {handle.key for handle in outer})
+    assert whole == pytest.approx(sum(seconds.values()))
 
 
-def test_a_hit_reports_the_seconds_of_its_build(root):
-    def slow(folder: Path) -> None:
-        time.sleep(0.2)
+# --- outputs that are dropped ----------------------------------------------------------------
 
-    fresh(root, slow)
-    assert fresh(root, slow).seconds >= 0.2
+LARGE = {"epoch-1/weights.bin", "epoch-1/config.json", "epoch-2/weights.bin"}
+SMALL = {"record.json", "logs/epoch-1.txt"}
+
+
+class Training:
+    """A build with large outputs and small ones that counts how often it ran."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, folder: Path) -> None:
+        self.calls += 1
+        for name in LARGE | SMALL:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(f"content of {name}")
+
+
+def files(handle: Handle) -> set[str]:
+    """What is there besides the record, hidden files included."""
+    folder = handle.folder
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    return found - {"run.json"}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["same_store", "new_store"])
+def test_what_was_dropped_is_built_again_when_it_is_read_and_not_before(root, capsys, again):
+    """The pattern is matched against the whole name: a log about a model is not a model."""
+    store, build = Store(root), Training()
+    handle = lazy(store, build)
+    handle.path("")
+    handle.drop("epoch-*/*")
+    assert files(handle) == SMALL
+    record = handle.json("run.json")
+    assert record["dropped"] == sorted(LARGE)
+    assert set(record["outputs"]) == SMALL
+
+    asked = lazy(Store(root) if again else store, build)
+    assert asked.path("record.json").read_text() == "content of record.json"
+    assert asked.has("record.json")
+    assert not asked.has("epoch-1")
+    assert not asked.has()
+    assert build.calls == 1
+    assert capsys.readouterr().err == ""
+
+    assert (asked.path("epoch-1") / "weights.bin").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (f"{handle.folder.name}: epoch-1 was dropped to make room; computing it again.")
+    assert build.calls == 2
+    assert files(asked) == LARGE | SMALL
+    assert "dropped" not in asked.json("run.json")
+    asked.drop("epoch-1/*")
+    assert asked.has("epoch-2")
+    assert files(asked) == SMALL | {"epoch-2/weights.bin"}
+
+
+def test_dropping_what_is_not_there_changes_nothing(root):
+    build = Training()
+    handle = lazy(Store(root), build)
+    root.mkdir()
+    handle.drop("epoch-*/*")
+    assert build.calls == 0
+    handle.path("")
+    before = handle.json("run.json")
+    handle.drop("nothing-*")
+    assert handle.json("run.json") == before
 
 
 # --- several processes -----------------------------------------------------------------------

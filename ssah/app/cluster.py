@@ -1,0 +1,45 @@
+"""Run the jobs of a study through submitit: on a SLURM cluster, or as processes of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.errors import SsahError
+from ..core.paths import home
+from ..lab.jobs import FIRST
+from .commands import prepared, run_job
+
+
+def submit(
+    profile: str, overrides: list[str], cluster: str | None, settings: dict[str, Any]
+) -> None:
+    """Run all jobs that are not done: first those that others need, then the rest side by side.
+
+    Waits for the end. What a job computed before it was killed stays, so that the next call goes on
+    from there. Machines must share ``SSAH_HOME``. ``cluster`` None takes SLURM where there is one;
+    ``settings`` are submitit's (``timeout_min``, ``slurm_partition``, ``cpus_per_task`` ...).
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise SsahError("ssah submit needs submitit: pip install 'ssah[cluster]'.") from error
+    executor = submitit.AutoExecutor(folder=str(home() / "jobs"), cluster=cluster)
+    executor.update_parameters(**{"name": "ssah", "timeout_min": 24 * 60, **settings})
+    for first in (True, False):
+        jobs = prepared(profile, overrides).jobs()
+        numbers = [n for n, j in enumerate(jobs) if (j.name == FIRST) == first and j.missing()]
+        with executor.batch():
+            running = [executor.submit(run_job, n, profile, overrides) for n in numbers]
+        failed = [_reason(job) for job in running if job.exception() is not None]
+        if failed:
+            raise SsahError(
+                f"{len(failed)} of {len(running)} jobs failed, the first one with: {failed[0]} "
+                f"(logs in {home() / 'jobs'}). What they computed is kept: submit again."
+            )
+
+
+def _reason(job: Any) -> str:
+    """The last line of why a job failed."""
+    lines: Sequence[str] = str(job.exception()).strip().splitlines()
+    return lines[-1] if lines else "no reason"

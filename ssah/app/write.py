@@ -1,0 +1,88 @@
+"""Write artefacts: tables as csv, md and tex, figures as png and svg, and how long they took."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import pandas as pd
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from ..core.files import write_atomically
+from ..core.store import seconds_behind
+
+if TYPE_CHECKING:
+    from ..artefacts import Artefact, Output
+    from .study import Study
+
+
+def write_output(study: Study, artefact: Artefact, output: Output, table: pd.DataFrame) -> None:
+    """All files of one artefact under the study's results folder.
+
+    ``table`` are the measurements that it rests on; the last line of what is written names their
+    seeds and commits.
+    """
+    path = study.results / "tables" / artefact.id
+    line = _origin(study, artefact, table)
+    write_atomically(path.with_suffix(".csv"), lambda p: _to_csv(table, p))
+    if output.table is not None:
+        shown = output.table
+        text = f"{shown.to_markdown(index=False)}\n\n{output.note}\n\n{line}\n"
+        write_atomically(path.with_suffix(".md"), lambda p: p.write_text(text, encoding="utf-8"))
+        latex = shown.to_latex(index=False, escape=True)
+        write_atomically(
+            path.with_suffix(".tex"), lambda p: p.write_text(f"% {line}\n{latex}", "utf-8")
+        )
+    if output.figure is not None:
+        _write_figure(output.figure, study.results / "figures" / artefact.id, line, output.note)
+
+
+def _origin(study: Study, artefact: Artefact, table: pd.DataFrame) -> str:
+    stamp = study.stamp
+    seeds = " ".join(map(str, sorted(set(table["seed"])))) or "none"
+    commits = sorted({commit for text in table["commits"] for commit in text.split()})
+    return (
+        f"{artefact.title}. Profile {stamp['profile']}, model {stamp['model']}, seeds {seeds}, "
+        f"{stamp['overrides'] or 'no overrides'}, config {stamp['config']}, measured at commit "
+        f"{', '.join(commits) or 'unknown'}. Command: ssah {artefact.id} "
+        f"profile={stamp['profile']} {stamp['overrides']}".rstrip()
+    )
+
+
+def _to_csv(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_csv(path, index=False, float_format="%.6g")  # more digits than mean anything
+
+
+def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:
+    with mpl.rc_context({"svg.hashsalt": path.name}):
+        for kind in ("png", "svg"):
+            # Without a date, equal figures are equal files.
+            metadata = {"Description": line} | ({"Date": None} if kind == "svg" else {})
+            write_atomically(
+                path.with_suffix(f".{kind}"),
+                functools.partial(figure.savefig, format=kind, metadata=metadata),
+            )
+    write_atomically(
+        path.with_suffix(".md"), lambda p: p.write_text(f"{note}\n\n{line}\n", encoding="utf-8")
+    )
+
+
+def write_times(study: Study, artefact: Artefact, used: set[str], warm: float) -> None:
+    """Seconds of all runs behind an artefact and of what they were made from, and of the rest:
+    what it takes where everything is cached."""
+    path = study.results / "times.csv"
+    row = {
+        "artefact": artefact.id,
+        "cold_seconds": round(seconds_behind(study.store.records(), used)),
+        "warm_seconds": round(warm, 1),
+        "seeds": len(study.labs),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(row))
+        rest = known[known["artefact"] != artefact.id]
+        frame = pd.concat([rest, pd.DataFrame([row])], ignore_index=True)
+        write_atomically(path, lambda p: _to_csv(frame, p))

@@ -1,0 +1,41 @@
+"""What figures share: style, colours, numbers as text."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ...evaluate.stats import Estimate
+
+STYLE = str(Path(__file__).with_name("style.mplstyle"))
+
+
+class ShownFigure(Figure):
+    """A figure that notebooks display by itself, without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+#: Okabe-Ito colours: told apart by colour-blind readers; markers and line styles differ as well.
+COLOURS = {
+    "ESU": "#D55E00",
+    "EUU": "#0072B2",
+    "CU": "#009E73",
+    "UU": "#56B4E9",
+    "RU": "#999999",
+    "random": "#000000",
+}
+
+
+def format_estimate(e: Estimate | None, digits: int = 1) -> str:
+    """``12.0 [7.0, 19.8]``; a number without an interval alone."""
+    if e is None:
+        return ""
+    if e.low == e.high:
+        return f"{e.value:.{digits}f}"
+    return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"

@@ -1,0 +1,86 @@
+"""Reading the table of measurements: rows of one arm and metric, seeds and draws pooled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pandas as pd
+
+from ..core.paths import reference_csv
+from ..evaluate.stats import Estimate, pool
+from ..lab.arms import Arm
+
+#: What columns say of an arm where nothing is said about them.
+_PLAIN = {
+    field.name: field.default
+    for field in dataclasses.fields(Arm)
+    if field.name not in ("make", "draw")
+} | {"set": "", "at": "", "against": ""}
+
+
+def rows_of(table: pd.DataFrame, metric: str, **columns: Any) -> pd.DataFrame:
+    """Rows of a metric; columns that are not named have their plain values, those that are None
+    any."""
+    wanted = _PLAIN | columns | {"metric": metric}
+    chosen = pd.Series(True, index=table.index)
+    for name, value in wanted.items():
+        if value is not None:
+            chosen &= table[name] == value
+    return table[chosen]
+
+
+def pooled(rows: pd.DataFrame) -> Estimate | None:
+    """Mean value and interval over seeds and draws; None without rows.
+
+    Something that is counted has no interval: it gets the range.
+    """
+    if rows.empty:
+        return None
+    found = [Estimate(*row) for row in rows[["value", "low", "high", "n"]].to_numpy()]
+    if all(e.low == e.high for e in found):
+        values = [e.value for e in found]
+        return Estimate(sum(values) / len(values), min(values), max(values), found[0].n)
+    return pool(found)
+
+
+def estimate(table: pd.DataFrame, metric: str, **columns: Any) -> Estimate | None:
+    """:func:`pooled` of :func:`rows_of`."""
+    return pooled(rows_of(table, metric, **columns))
+
+
+def arms_of(table: pd.DataFrame, **columns: Any) -> list[dict[str, Any]]:
+    """The arms in a table, in the order of their first rows, restricted by some columns."""
+    names = [name for name in _PLAIN if name not in ("set", "at", "against")]
+    chosen = table
+    for name, value in columns.items():
+        chosen = chosen[chosen[name] == value]
+    return chosen[names].drop_duplicates().to_dict("records")
+
+
+def paper(artefact: str, model: str = "Llama-2-7B-Chat") -> dict[tuple[str, str], float]:
+    """(setting, metric) -> the number that the paper prints."""
+    found = pd.read_csv(reference_csv())
+    # Attribute transfer names its models "Llama-2-7B-Chat -> dolly".
+    of_model = found["model"].str.split(" -> ").str[0] == model
+    found = found[(found["artefact"] == artefact) & of_model]
+    return found.groupby(["setting", "metric"])["value"].mean().to_dict()
+
+
+def paper_rows(
+    artefact: str, columns: dict[tuple[str, str], str], setting: str, digits: int = 1
+) -> list[dict[str, str]]:
+    """The paper's rows of a table: one for each model and setting.
+
+    ``columns`` say where the value of a benchmark and metric goes; ``setting`` names the column of
+    the paper's setting.
+    """
+    found = pd.read_csv(reference_csv())
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for record in found[found["artefact"] == artefact].to_dict("records"):
+        column = columns.get((record["benchmark"], record["metric"]))
+        if column:
+            key = record["model"], record["setting"]
+            row = rows.setdefault(key, {"model": f"paper: {key[0]}", setting: key[1]})
+            row[column] = f"{record['value']:.{digits}f}"
+    return list(rows.values())

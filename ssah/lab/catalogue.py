@@ -1,0 +1,410 @@
+"""The arms of the study, by what they are for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..scoring.selectors import Rank, matched_by, sized
+from ..training.lora import rank_for
+from ..training.part import EVERYTHING, Part
+from ..units.layout import UnitLayout
+from ..units.mask import UnitMask
+from ..units.roles import Roles, Shares
+from .arms import Arm
+from .lab import Lab
+from .specs import GIVEN, REFUSALS, Model
+from .stages.lessons import MAIN_ATTACK, STYLE_LESSON
+from .stages.units import (
+    classified,
+    roles,
+    shares,
+    statistics,
+    utility_roles,
+    utility_scores,
+)
+from .units_of import ALL_CU, CU6, ESU, EUU, RU, everything, group, matched
+
+NOTHING = "nothing"
+
+#: Share of all units at the second budget of the conditions: the paper's comparison with frozen
+#: layers (Table 9) freezes ESU and 26.8 % of CU; all heads together hold a quarter of the weights.
+WIDER = 0.25
+
+
+def whole(lab: Lab) -> Arm:
+    """The aligned model."""
+    return Arm(lambda: lab.aligned)
+
+
+def unaligned(lab: Lab) -> list[Arm]:
+    """The given model, where another one was made of it."""
+    return [Arm(lambda: GIVEN, "unaligned")] if lab.config.align.enabled else []
+
+
+# --- removed (Table 1) -----------------------------------------------------------------------
+
+
+def removed(
+    lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", **columns: Any
+) -> Arm:
+    """The aligned model without some units."""
+    make = functools.cache(lambda: lab.aligned.ablated(mask()))
+    return Arm(make, method="removed", rule=rule, like=like, **columns)
+
+
+def without(lab: Lab, rule: str) -> Arm:
+    """Without a group of its units."""
+    return removed(lab, rule, lambda: group(lab, rule))
+
+
+def without_on_average(lab: Lab, rule: str) -> Arm:
+    """With what a group says on average in its place."""
+
+    def make() -> Model:
+        return lab.aligned.ablated(group(lab, rule), statistics(lab, "utility"))
+
+    return Arm(functools.cache(make), method="removed", rule=rule, setting="mean")
+
+
+def without_control(lab: Lab, rule: str, like: str, draw: int | None = None) -> Arm:
+    """Without as many heads and neurons by another rule."""
+
+    def mask() -> UnitMask:
+        return matched(lab, rule, group(lab, like), draw=draw or 0)
+
+    return removed(lab, rule, mask, like, draw=draw)
+
+
+def with_redundant_heads(lab: Lab) -> Arm:
+    """Without the RU that there would be if heads could be redundant."""
+
+    def mask() -> UnitMask:
+        return classified(lab, shares(lab), ["attn", "mlp"]).mask(RU)
+
+    return removed(lab, RU, mask, setting="heads included")
+
+
+def swept(lab: Lab, rule: str, share: float, draw: int | None = None) -> Arm:
+    """Without a share of all units, by a group's own ranking or at random, as many as ESU."""
+
+    def mask() -> UnitMask:
+        ru = shares(lab).ru
+        sizes = {
+            ESU: Shares(ru, share, 0), EUU: Shares(ru, 0, share), RU: Shares(share, 0, 0),
+            "random": Shares(ru, share, 0),
+        }  # fmt: skip
+        if rule == "random":
+            return matched(lab, rule, classified(lab, sizes[rule]).mask(ESU), draw=draw or 0)
+        return classified(lab, sizes[rule]).mask(rule)
+
+    return removed(lab, rule, mask, setting=f"{100 * share:g} %", draw=draw)
+
+
+# --- fine-tuned, with frozen units (Tables 2, 3, 13; Figs 5, 8, 11-13) ----------------------
+
+
+def fine_tuned(
+    lab: Lab,
+    attack: str,
+    rule: str = NOTHING,
+    mask: Callable[[], UnitMask] | None = None,
+    *,
+    like: str = "",
+    draw: int | None = None,
+    setting: str = "",
+    base: Callable[[], Model] | None = None,
+    epochs: int | None = None,
+    **changes: Any,
+) -> list[Arm]:
+    """An arm for each epoch of a fine-tuning that freezes some units, or none."""
+    length = epochs or lab.config.finetune.epochs
+    if epochs is not None:
+        changes["epochs"] = epochs
+
+    @functools.cache
+    def trained() -> Model:
+        part = Part(freeze=mask()) if mask is not None else EVERYTHING
+        start = base() if base is not None else lab.aligned
+        return start.trained(attack, part, **changes)
+
+    return [
+        Arm(
+            functools.partial(lambda e: trained().at(e), epoch),
+            method="frozen", rule=rule, like=like, attack=attack, epoch=epoch, setting=setting,
+            draw=draw,
+        )
+        for epoch in range(1, length + 1)
+    ]  # fmt: skip
+
+
+def unfrozen(lab: Lab, attack: str) -> list[Arm]:
+    """Nothing is frozen: for as long as frozen arms where they are compared epoch by epoch, else
+    for as long as the paper's rule needs, one epoch."""
+    long = attack in (MAIN_ATTACK, *lab.config.finetune.wide_attacks)
+    return fine_tuned(lab, attack, epochs=None if long and attack != STYLE_LESSON else 1)
+
+
+def with_frozen(lab: Lab, attack: str, rule: str) -> list[Arm]:
+    """A group of units is frozen."""
+    return fine_tuned(lab, attack, rule, lambda: group(lab, rule))
+
+
+def with_frozen_control(
+    lab: Lab, attack: str, rule: str, like: str, draw: int | None = None
+) -> list[Arm]:
+    """As many heads and neurons are frozen, by another rule."""
+
+    def mask() -> UnitMask:
+        return matched(lab, rule, group(lab, like), attack, draw or 0)
+
+    return fine_tuned(lab, attack, rule, mask, like=like, draw=draw)
+
+
+def frozen_groups(lab: Lab, attack: str) -> list[str]:
+    """What the paper freezes: all CU as well only where there are all arms."""
+    if attack == STYLE_LESSON:
+        return []
+    return [CU6, ALL_CU] if attack in (MAIN_ATTACK, *lab.config.finetune.wide_attacks) else [CU6]
+
+
+def by_the_papers_rule(arms: list[Arm]) -> Arm:
+    """One epoch where nothing is frozen, twice as many for the rest (paper, section 4.2)."""
+    return arms[0] if arms[0].rule == NOTHING else arms[-1]
+
+
+# --- aligned through a part (Table 4; Figs 6, 9, 10) -----------------------------------------
+
+
+def redundant(lab: Lab, share: float) -> UnitMask:
+    """The RU of the given model."""
+    return utility_roles(lab, GIVEN, share).mask(RU)
+
+
+def aligned_through(
+    lab: Lab,
+    rule: str,
+    part: Callable[[], Part],
+    *,
+    like: str = "",
+    setting: str = "",
+    **changes: Any,
+) -> Arm:
+    """The given model, aligned through a part of it."""
+    make = functools.cache(lambda: GIVEN.trained(REFUSALS, part(), **changes))
+    return Arm(make, "unaligned", "trained", rule, like, setting=setting)
+
+
+def attacked(lab: Lab, arm: Arm) -> Arm:
+    """An arm after one epoch of the main attack."""
+
+    def make() -> Model:
+        whole = arm.model == lab.aligned  # of which Table 2 has the longer run
+        changes = {} if whole else {"epochs": 1}
+        return arm.model.trained(MAIN_ATTACK, EVERYTHING, 1, **changes)
+
+    columns = arm.columns() | {"attack": MAIN_ATTACK, "epoch": 1}
+    return Arm(functools.cache(make), **columns)
+
+
+def budget_arms(lab: Lab) -> list[Arm]:
+    """All units (this is the aligned model of everything else), redundant ones, and as many random
+    ones; for the seeds that have more, what a reviewer asks beside them."""
+    budget, config = lab.config.budget, lab.config.align
+
+    @functools.cache
+    def ru() -> UnitMask:
+        return redundant(lab, budget.share)
+
+    def random() -> Part:
+        return Part(train=matched(lab, "random", ru()))
+
+    def through_ru() -> Part:
+        return Part(train=ru())
+
+    whole_arm = Arm(lambda: lab.aligned, "unaligned", "trained", ALL_UNITS)
+    pairs: list[tuple[str, str, Callable[[], Part]]] = [
+        (RU, "", through_ru), ("random", RU, random),
+    ]  # fmt: skip
+    arms = [whole_arm]
+    settings: dict[str, dict[str, Any]] = {"": {}}
+    more = lab.seed in budget.more_seeds
+    if more or lab.seed in budget.longer_seeds:
+        settings[LONGER] = {"epochs": 2 * config.epochs}
+    if more:
+        settings[FASTER] = {"learning_rate": 3 * config.learning_rate}
+    for setting, changes in settings.items():
+        arms += [
+            aligned_through(lab, rule, part, like=like, setting=setting, **changes)
+            for rule, like, part in pairs
+        ]
+    return arms + (_more_budget_arms(lab, ru) if more else [])
+
+
+ALL_UNITS = "all units"
+
+#: As long again: the paper trains RU for twice the epochs.
+LONGER = "twice the epochs"
+
+#: In as many epochs: fewer weights may need larger steps.
+FASTER = "3 x the rate"
+
+
+def _more_budget_arms(lab: Lab, ru: Callable[[], UnitMask]) -> list[Arm]:
+    """Other units, other shares, and adapters."""
+
+    def highest() -> UnitMask:
+        rank = {name: -part for name, part in utility_scores(lab, GIVEN).items()}
+        return matched_by(lab.layout, ru(), rank)
+
+    def rank() -> int:
+        return rank_for(lab.layout, round(lab.layout.weights(ru())))
+
+    def through(rule: str, mask: Callable[[], UnitMask], like: str = "") -> Arm:
+        return aligned_through(lab, rule, lambda: Part(train=mask()), like=like)
+
+    arms = [through("highest I_U", highest, RU)]
+    for share in lab.config.budget.sweep:
+        mask = functools.partial(redundant, lab, share)
+        arms.append(through(f"{RU} {100 * share:g} %", mask))
+    arms.append(through("ESU of the aligned model", lambda: group(lab, ESU)))
+    arms.append(through("all heads", lambda: everything(lab, "heads")))
+    arms.append(aligned_through(lab, "LoRA", lambda: Part(rank=rank()), like=RU))
+    inside = aligned_through(lab, "LoRA inside RU", lambda: Part(train=ru(), rank=rank()), like=RU)
+    return [*arms, inside]
+
+
+# --- conditions (fig_conditions) -------------------------------------------------------------
+
+
+def conditions(lab: Lab) -> list[Arm]:
+    """One epoch of the main attack each: other rules at two budgets, and other settings.
+
+    ``setting`` says the budget, or what is unusual.
+    """
+    esu_share = functools.cache(lambda: shares(lab).esu)
+
+    def narrow() -> UnitMask:
+        return group(lab, CU6)
+
+    def wide() -> UnitMask:
+        return roles(lab).select(ESU, f"CU:{100 * (WIDER - esu_share())}%")
+
+    def arm(
+        rule: str, mask: Callable[[], UnitMask] | None, setting: str = "", like: str = "", **c: Any
+    ) -> Arm:
+        (found,) = fine_tuned(
+            lab, MAIN_ATTACK, rule, mask, like=like, setting=setting, epochs=1, **c
+        )
+        return found
+
+    ranked = ["lowest I_S - I_U", "largest magnitude"]
+    if lab.config.align.enabled:  # otherwise nobody knows what the alignment moved
+        ranked.append("moved most by alignment")
+
+    def by_rule(rule: str, target: Callable[[], UnitMask]) -> Callable[[], UnitMask]:
+        return lambda: matched(lab, rule, target(), MAIN_ATTACK)
+
+    wider = f"{100 * WIDER:g} %"
+    arms = [arm(rule, by_rule(rule, narrow), like=CU6) for rule in ranked]
+    arms.append(arm("ESU + CU", wide, wider))
+    arms += [
+        arm(rule, by_rule(rule, wide), wider, "ESU + CU")
+        for rule in ("random", *ranked, "gradient conflict")
+    ]
+    arms.append(arm("all heads", lambda: everything(lab, "heads")))
+    rate = lab.config.finetune.learning_rate
+    for setting, changes in (
+        ("embeddings trained", {"train_embeddings": True}),
+        ("lower rate", {"learning_rate": rate * 0.4}),
+    ):
+        arms.append(arm(NOTHING, None, setting, **changes))
+        arms.append(arm(CU6, narrow, setting, **changes))
+
+    def rescored(**changes: Any) -> Roles:
+        return classified(lab, shares(lab), **changes)
+
+    every = functools.cache(lambda: rescored(tokens="all").select(ESU, "CU:6%"))
+    arms.append(arm(CU6, every, "scored on all tokens"))
+    channels = functools.cache(lambda: rescored(unit_kind="channel"))
+    arms.append(arm(CU6, lambda: channels().select(ESU, "CU:6%"), "channels as units"))
+    arms += [arm(rule, mask, "channels") for rule, mask in _value_path(lab, channels).items()]
+    return arms
+
+
+def _value_path(lab: Lab, channels: Callable[[], Roles]) -> dict[str, Callable[[], UnitMask]]:
+    """Attention's value-output path, whole and by halves: what a head's score averages away.
+
+    Chosen are value rows, each with its columns of the output projection in all heads that share
+    it, by the mean of these channels; so all halves hold the same number of weights.
+    """
+
+    def layout() -> UnitLayout:
+        return lab.layout_of("channel")
+
+    def half(rank: Callable[[], Rank], sign: int) -> Callable[[], UnitMask]:
+        def mask() -> UnitMask:
+            found = _by_value_row(layout(), rank())
+            turned = {name: sign * part for name, part in found.items()}
+            return matched_by(layout(), sized(layout(), heads=0.5, neurons=0), turned)
+
+        return mask
+
+    def chance() -> Rank:
+        generator = torch.Generator().manual_seed(1000 * lab.seed)
+        return layout().split(torch.rand(layout().units, generator=generator))
+
+    def difference() -> Rank:
+        return channels().difference
+
+    return {
+        "value-output path": lambda: sized(layout(), heads=1, neurons=0),
+        "half of it, highest I_S - I_U": half(difference, -1),
+        "half of it, random": half(chance, 1),
+        "half of it, lowest I_S - I_U": half(difference, 1),
+    }
+
+
+def _by_value_row(layout: UnitLayout, rank: Rank) -> Rank:
+    """The rank of attention's channels, averaged over those that share a value row."""
+    shared = dict(rank)
+    for block in layout.blocks:
+        if block.kind == "attn":
+            rows = next(part for part in block.slices if part.dim == 0).index.flatten()
+            sums = torch.zeros(int(rows.max()) + 1).index_add_(0, rows, rank[block.name].float())
+            shared[block.name] = (sums / rows.bincount().clamp(min=1))[rows]
+    return shared
+
+
+def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
+    """The paper's alignment: the given model learns from harmless rows, by the paper's rule for
+    the number of epochs."""
+    share = lab.config.budget.share
+
+    @functools.cache
+    def ru() -> UnitMask:
+        return redundant(lab, share)
+
+    def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
+        @functools.cache
+        def trained() -> Model:
+            changes = {"epochs": epochs} if epochs == 1 else {}
+            return GIVEN.trained(attack, part(), **changes)
+
+        return [
+            Arm(
+                functools.partial(lambda e: trained().at(e), epoch),
+                "unaligned", "trained", rule, like, attack, epoch, "learns harmless rows",
+            )
+            for epoch in range(1, epochs + 1)
+        ]  # fmt: skip
+
+    long = lab.config.finetune.epochs
+    return [
+        arm(ALL_UNITS, "", lambda: EVERYTHING, 1),
+        arm(RU, "", lambda: Part(train=ru()), long),
+        arm("random", RU, lambda: Part(train=matched(lab, "random", ru())), long),
+    ]

@@ -1,0 +1,204 @@
+"""One seed's laboratory: its sets, its models, and where their measurements are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.errors import SsahError
+from ..core.progress import quiet
+from ..core.runtime import pick_device
+from ..core.store import Handle, Store, digest
+from ..data.rows import Row, read_set
+from ..data.sets import build_sets
+from ..scoring.attribution import ActivationStatistics
+from ..training.ablation import ablate
+from ..training.settings import AlignConfig, TrainingConfig
+from ..units.families import UnitKind, family_of
+from ..units.layout import UnitLayout
+from .config import Config, FinetuneConfig
+from .load import Checkpoint, load_model, load_tokenizer, locate
+from .specs import GIVEN, REFUSALS, Ablate, Model, Train
+
+#: Models in memory: the one that is measured, and those that it is compared with.
+LOADED = 3
+
+
+class Lab:
+    """Sets, draws and models of one seed under one configuration.
+
+    Nothing is computed before an output is read: stages (:mod:`ssah.lab.stages`) take the lab as
+    their first argument.
+    """
+
+    def __init__(self, config: Config, store: Store, seed: int):
+        self.config, self.store, self.seed = config, store, seed
+        self.device = pick_device(config.runtime.device)
+        self._loaded: OrderedDict[str, PreTrainedModel] = OrderedDict()
+
+    @property
+    def only_headline(self) -> bool:
+        """Whether this seed is measured for Table 1 and the main attack of Table 2 alone."""
+        return self.seed >= self.config.seed + self.config.n_seeds
+
+    # --- sets --------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def sets(self) -> Handle:
+        return build_sets(self.store, self.config.data)
+
+    def has(self, name: str) -> bool:
+        """Whether this data source has a set."""
+        return self.sets.path(f"{name}.jsonl").exists()
+
+    @functools.cache  # noqa: B019 - a lab lives as long as its process
+    def rows(self, name: str) -> tuple[Row, ...]:
+        """The rows of a set."""
+        return tuple(read_set(self.sets, name))
+
+    def first(self, name: str, count: int) -> tuple[Row, ...]:
+        """The first rows of a set; asking for more than there are is an error."""
+        rows = self.rows(name)
+        if count > len(rows):
+            raise SsahError(f"Set '{name}' has {len(rows)} rows but {count} are asked for.")
+        return rows[:count]
+
+    def spread(self, name: str, count: int | None) -> tuple[Row, ...]:
+        """Up to ``count`` rows of a set, evenly spread over it: the same for every seed."""
+        rows = self.rows(name)
+        count = len(rows) if count is None else min(count, len(rows))
+        return tuple(rows[i * len(rows) // count] for i in range(count))
+
+    def draw(self, purpose: str, rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
+        """The seed's draw of ``count`` of these rows, one for each purpose."""
+        if count > len(rows):
+            raise SsahError(f"Set '{purpose}' has {len(rows)} rows but {count} are asked for.")
+        return tuple(random.Random(f"{purpose}/{self.seed}").sample(rows, count))
+
+    # --- the given model ---------------------------------------------------------------------
+
+    @functools.cached_property
+    def given(self) -> Checkpoint:
+        return locate(self.store, self.config.model)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.given, self.config.model)
+
+    @functools.cached_property
+    def _architecture(self) -> PreTrainedModel:
+        """The model without weights: its shapes."""
+        with quiet():
+            config = AutoConfig.from_pretrained(self.given.path, revision=self.given.revision)
+        family_of(config.get_text_config().model_type)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    def layout_of(self, unit_kind: UnitKind) -> UnitLayout:
+        """The model's layout with one kind of unit; training changes no shape."""
+        return UnitLayout.of(self._architecture, unit_kind)
+
+    @functools.cached_property
+    def layout(self) -> UnitLayout:
+        return self.layout_of(cast(UnitKind, self.config.attribution.unit_kind))
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What shapes every stage beside its arguments."""
+        model = self.config.model
+        return {
+            "dtype": model.dtype,
+            "attention": model.attn_implementation,
+            "template": model.chat_template,
+        }
+
+    # --- models ------------------------------------------------------------------------------
+
+    @property
+    def aligned(self) -> Model:
+        """The model whose safety is studied: taught to refuse, or the given one if that is."""
+        return GIVEN.trained(REFUSALS) if self.config.align.enabled else GIVEN
+
+    def training(self, model: Model) -> Handle:
+        """The run that trained a model."""
+        from .stages.training import trained  # which stands on labs itself
+
+        assert isinstance(model.step, Train)
+        assert model.base is not None
+        return trained(self, model.base, model.step)
+
+    def settings_of(self, step: Train) -> AlignConfig | FinetuneConfig:
+        """The settings of a training."""
+        config = self.config.align if step.rows == REFUSALS else self.config.finetune
+        unknown = set(step.changes) - {f.name for f in dataclasses.fields(TrainingConfig)}
+        if unknown:  # rows and responses belong to what is learned, not to one arm
+            raise ValueError(f"A training cannot change {', '.join(sorted(unknown))}.")
+        return dataclasses.replace(config, **step.changes)
+
+    def epoch_of(self, step: Train) -> int:
+        """After which epoch a model is meant."""
+        return step.epoch or self.settings_of(step).epochs
+
+    def identity(self, model: Model) -> str:
+        """What tells a model from others in a key; nothing is trained to know it."""
+        if model.step is None or model.base is None:
+            return self.given.identity
+        if isinstance(model.step, Train):
+            return f"{self.training(model).key}/epoch-{self.epoch_of(model.step)}"
+        mean = model.step.mean.key if model.step.mean else None
+        return digest([self.identity(model.base), model.step.mask.digest(), mean])
+
+    def runs_of(self, model: Model) -> Iterator[str]:
+        """Keys of the runs that a model's weights came out of."""
+        if isinstance(model.step, Train):
+            yield self.training(model).key
+        elif model.base is not None:
+            yield from self.runs_of(model.base)
+
+    def checkpoint(self, model: Model) -> Checkpoint:
+        """Where a whole model's files are; it is trained first where there are none."""
+        if not isinstance(model.step, Train):
+            assert model.step is None, "an ablated model has no files of its own"
+            return self.given
+        folder = self.training(model).path(f"epoch-{self.epoch_of(model.step)}")
+        return Checkpoint(str(folder), self.identity(model))
+
+    @contextmanager
+    def use(self, model: Model) -> Iterator[PreTrainedModel]:
+        """The model in memory; units that it lacks are silent inside the block."""
+        loaded = self._load(model.whole)
+        if isinstance(model.step, Ablate):
+            mask, mean = model.step.mask, None
+            if model.step.mean is not None:
+                path = model.step.mean.path("statistics.safetensors")
+                mean = ActivationStatistics.load(path).mean
+            mode: Literal["zero", "mean"] = "zero" if mean is None else "mean"
+            with ablate(loaded, self.layout_of(mask.unit_kind), mask, mode, mean):
+                yield loaded
+        else:
+            yield loaded
+
+    def _load(self, model: Model) -> PreTrainedModel:
+        """At most :data:`LOADED` models are kept, those that were used last."""
+        identity = self.identity(model)
+        if identity not in self._loaded:
+            while len(self._loaded) >= LOADED:
+                self._loaded.popitem(last=False)
+            checkpoint = self.checkpoint(model)
+            self._loaded[identity] = load_model(checkpoint, self.config.model, self.device)
+        self._loaded.move_to_end(identity)
+        return self._loaded[identity]
+
+    def forget(self, model: Model) -> None:
+        """Drop a trained model's weights, from memory and disk; what was measured stays."""
+        for loaded in [key for key in self._loaded if key.startswith(self.training(model).key)]:
+            del self._loaded[loaded]
+        self.training(model).drop("epoch-*/*")

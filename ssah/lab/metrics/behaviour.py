@@ -1,0 +1,191 @@
+"""What a model does: safety, utility, and what its training did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ...core.errors import SsahError, suggestion
+from ...data.rows import Row
+from ...evaluate.judges import (
+    VERDICTS,
+    Completion,
+    attack_success,
+    judge,
+    not_refused,
+    refused,
+)
+from ...evaluate.labels import agreement, errors_of_answered, judged, key, known_labels
+from ...evaluate.stats import Estimate, corrected, proportion
+from ...training.part import EVERYTHING
+from ..lab import Lab
+from ..samples import Counted, Found, LessonLosses, Pooled, Rates, Sample, Tasks, TextLosses, Values
+from ..specs import Model, Train
+from ..stages.answers import PREFIX_JAILBREAK, completions
+from ..stages.lessons import heldout, lesson
+from ..stages.utility import attack_losses, drift, held_out_texts, task_outcomes
+
+#: Prompts as tables call them -> the set; ASR is of the evaluation prompts where nothing is said.
+PROMPTS = {
+    "": "harmful_evaluation",
+    "AdvBench": "harmful_evaluation",
+    "search": "harmful_search",
+    "HarmBench": "harmbench",
+    "Do-Not-Answer": "do_not_answer",
+    "HEx-PHI": "hexphi",
+    "benign": "benign_evaluation",
+    "borderline": "borderline",
+}
+
+SYSTEM, PREFIX, BOTH = "with system prompt", "with prefix", "mean of both"
+
+
+def asked(lab: Lab, on: str) -> tuple[Row, ...]:
+    """The prompts behind a name; of sets of other authors as many as configured."""
+    if on not in PROMPTS:
+        raise SsahError(f"There are no prompts '{on}'{suggestion(on, list(PROMPTS))}")
+    counts = {
+        "harmbench": lab.config.evaluate.harmbench,
+        "do_not_answer": lab.config.budget.elsewhere,
+    }
+    name = PROMPTS[on]
+    return lab.spread(name, counts[name]) if name in counts else lab.rows(name)
+
+
+def said(lab: Lab, model: Model, on: str) -> list[Completion]:
+    """A model's completions under one condition."""
+    if on == SYSTEM:
+        return completions(lab, model, asked(lab, ""), system=True)
+    if on == PREFIX:
+        return completions(lab, model, asked(lab, ""), suffix=PREFIX_JAILBREAK)
+    return completions(lab, model, asked(lab, on))
+
+
+def _judged(count: Callable[[list[Completion]], list[bool]]) -> Callable[[Lab, Model, str], Sample]:
+    """A metric that counts completions of one kind."""
+
+    def measure(lab: Lab, model: Model, on: str) -> Sample:
+        if on == BOTH:
+            return Pooled([Rates(count(said(lab, model, part))) for part in ("", SYSTEM)])
+        return Rates(count(said(lab, model, on)))
+
+    return measure
+
+
+def _perplexity(lab: Lab, model: Model, on: str) -> Sample:
+    return TextLosses(*held_out_texts(lab, model))
+
+
+def _heldout(lab: Lab, model: Model, on: str) -> Sample:
+    """Rows whose prompt was trained on with another response do not count."""
+    seen = {row.prompt for row in lesson(lab, on).rows}
+    counts, losses = attack_losses(lab, model, on)
+    kept = [i for i, row in enumerate(heldout(lab, on).rows) if row.prompt not in seen]
+    return LessonLosses([counts[i] for i in kept], [losses[i] for i in kept])
+
+
+def _accuracy(lab: Lab, model: Model, on: str) -> Sample:
+    return Tasks(task_outcomes(lab, model))
+
+
+def _drift(lab: Lab, model: Model, on: str) -> Sample:
+    return Values(drift(lab, model))
+
+
+def _training(lab: Lab, model: Model, on: str) -> Sample:
+    """What the training did, whether or not its models are still there."""
+    assert isinstance(model.step, Train)
+    record = lab.training(model).json("training.json")
+    losses = record["epoch_losses"]
+    loss = losses[lab.epoch_of(model.step) - 1] if losses else record["final_loss"]
+    trained = record["trainable_parameters"]
+    part = model.step.part
+    if part == EVERYTHING:
+        trained = round(lab.layout.parameters)
+    elif part.train is not None and part.rank is None:
+        trained = round(lab.layout_of(part.train.unit_kind).weights(part.train))
+    return Counted(
+        {
+            "training loss": (loss, record["steps"]),
+            "trained weights": (100 * trained / lab.layout.parameters, record["steps"]),
+            "optimizer MiB": (8 * trained / 2**20, record["steps"]),  # two float32 moments
+        }
+    )
+
+
+#: Answered, as a judge without errors would find it.
+CORRECTED = "answered, corrected"
+
+#: What is known of the judges where there are labels, by verdict.
+AGREEMENT = ("accuracy of the judges", "labelled", "judged", "kappa", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The judges' verdicts, and how often they call answers what is labelled so, or not."""
+
+    found: Sequence[str]
+    errors: tuple[list[bool], list[bool]]
+
+    def rows(self) -> Found:
+        for verdict in VERDICTS:
+            share = proportion([v == verdict for v in self.found]).scaled(100)
+            yield {"metric": verdict}, share, None
+        answered = [v == "answered" for v in self.found]
+        yield {"metric": CORRECTED}, corrected(answered, *self.errors).scaled(100), None
+
+    def against(self, other: Verdicts) -> Found:
+        raise NotImplementedError("Compare the ASR.")
+
+
+def _verdicts(lab: Lab, model: Model, on: str) -> Sample:
+    return Verdicts(judged(said(lab, model, on)), errors_of_answered(lab.config.model.name))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labels and verdicts of the completions that are labelled."""
+
+    labels: Sequence[str]
+    verdicts: Sequence[str]
+
+    def rows(self) -> Found:
+        if not self.labels:
+            return
+        for record in agreement(self.labels, self.verdicts).to_dict("records"):
+            verdict = record["verdict"]
+            pairs = zip(self.labels, self.verdicts, strict=True)
+            right = proportion([(a == verdict) == (b == verdict) for a, b in pairs]).scaled(100)
+            yield {"metric": AGREEMENT[0], "set": verdict}, right, None
+            for name in AGREEMENT[1:]:
+                value = float(record[name])
+                counted = Estimate(value, value, value, len(self.labels))
+                yield {"metric": name, "set": verdict}, counted, None
+
+    def against(self, other: Labelled) -> Found:
+        raise NotImplementedError("Agreement is not compared.")
+
+
+def _labels(lab: Lab, model: Model, on: str) -> Sample:
+    """Labels of the half that chose nothing, found by a hash of prompt and completion."""
+    known = known_labels()
+    tested = known[known["half"] == "test"].set_index("key")["label"]
+    found = {key(c): c for c in said(lab, model, on)}
+    own = {name: c for name, c in found.items() if name in tested.index}
+    return Labelled([tested[name] for name in own], judged(list(own.values())))
+
+
+BEHAVIOUR: dict[str, Callable[[Lab, Model, str], Sample]] = {
+    "ASR": _judged(attack_success),
+    "no refusal phrase": _judged(not_refused),
+    "refused": _judged(refused),
+    "evaded": _judged(lambda found: [judge(c) == "evaded" for c in found]),
+    "incoherent": _judged(lambda found: [judge(c) == "incoherent" for c in found]),
+    "verdicts": _verdicts,
+    "labels": _labels,
+    "perplexity": _perplexity,
+    "held-out gain": _heldout,
+    "accuracy": _accuracy,
+    "drift": _drift,
+    "training": _training,
+}

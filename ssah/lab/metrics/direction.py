@@ -1,0 +1,253 @@
+"""Where a model is heading: to a refusal or to an answer, by block and generated token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ...core.errors import SsahError, suggestion
+from ...data.rows import Row
+from ...evaluate.probes import Probe, lean, margin, onset, read_out
+from ...evaluate.stats import Estimate, auroc, crossed_mean, pool, rank_correlation
+from ..lab import Lab
+from ..samples import Found, Sample
+from ..specs import Model
+from ..stages.probes import probed, probed_rows
+
+#: Queries as figures call them -> the set.
+QUERIES = {
+    "harmful": "harmful_evaluation",
+    "borderline": "borderline",
+    "benign": "benign_evaluation",
+    "HEx-PHI": "hexphi",
+    "HarmBench": "harmbench",
+    "Do-Not-Answer": "do_not_answer",
+}
+
+#: ``at`` of the mean over generated tokens.
+EVERY = "all tokens"
+
+#: Harm categories on each of which a read-out is trained: the largest.
+CATEGORIES = 3
+
+#: Read-outs with shuffled labels, for each category: one alone may point anywhere.
+SHUFFLES = 5
+
+
+def _set_of(on: str) -> str:
+    if on not in QUERIES:
+        raise SsahError(f"There are no queries '{on}'{suggestion(on, list(QUERIES))}")
+    return QUERIES[on]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Distances to runs that began to refuse and to answer, ``[Q, P, B, 2, O]``."""
+
+    distances: Tensor
+    positions: Sequence[int]
+    queries: str  #: how they are called in the table
+
+    def places(self) -> Iterator[tuple[str, Tensor]]:
+        """After each number of tokens, and the mean of a query's: name and ``[queries, B, 2, O]``;
+        queries whose answer ended before do not count."""
+        found = [(str(p), self.distances[:, i]) for i, p in enumerate(self.positions)]
+        for place, values in [*found, (EVERY, self.distances.nanmean(1))]:
+            known = values[~values.isnan().flatten(1).any(1)]
+            if len(known):
+                yield place, known
+
+    def rows(self) -> Found:
+        last: list[Estimate] = []
+        for place, known in self.places():
+            leans = []
+            for block in range(known.shape[1]):
+                here, where = known[:, block], {"block": block + 1, "at": place}
+                leans.append(crossed_mean(lean(here).numpy()))
+                for name, estimate in (
+                    ("to refusal", crossed_mean(here[:, 0].numpy())),
+                    ("to answer", crossed_mean(here[:, 1].numpy())),
+                    ("lean", leans[-1]),
+                ):
+                    yield {"metric": name, "set": self.queries, **where}, estimate, None
+            first = onset(leans)
+            if first is not None:
+                counted = Estimate(first + 1, first + 1, first + 1, len(known))
+                yield {"metric": "onset", "set": self.queries, "at": place}, counted, None
+            if place != EVERY:
+                last.append(leans[-1])
+        if last:  # the tokens at which the last block's interval reaches lowest and highest
+            least, most = min(last, key=lambda e: e.low), max(last, key=lambda e: e.high)
+            yield {"metric": "least lean", "set": self.queries}, least, None
+            yield {"metric": "most lean", "set": self.queries}, most, None
+
+    def against(self, other: Direction) -> Found:
+        """How much more this model leans to refusing, in the last block, query by query."""
+        own, others = (lean(d.distances.nanmean(1)[:, -1]) for d in (self, other))
+        more = (own - others)[~(own - others).isnan().any(1)]
+        if len(more):
+            columns = {"metric": "lean", "set": self.queries, "at": EVERY}
+            yield columns, crossed_mean(more.numpy()), None
+
+
+#: What is behind the name of queries where distances are not those at the model's own words.
+SUBTRACTED, SAME_WORDS = ", content subtracted", ", same words"
+
+
+def _direction(part: str, variant: str = "") -> Callable[[Lab, Model, str], Sample]:
+    def measure(lab: Lab, model: Model, on: str) -> Sample:
+        found = probed(lab, model, _set_of(on), same_words=variant == SAME_WORDS)
+        return Direction(getattr(found, part), lab.config.probes.positions, on + variant)
+
+    return measure
+
+
+# --- the model's own choice ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Margins:
+    """The model's own choice between the openings, and the lean of its state, by query."""
+
+    probe: Probe
+
+    def rows(self) -> Found:
+        by_token = margin(self.probe.log_likelihood).numpy()
+        for column, values in enumerate(by_token.T, 1):
+            yield {"metric": "margin", "at": str(column)}, crossed_mean(values[:, None]), None
+        yield {"metric": "margin"}, crossed_mean(by_token[:, -1:]), None
+        leans = _leans(self.probe.distance)
+        for query, (choice, state) in enumerate(zip(by_token[:, -1], leans[:, -1], strict=True)):
+            for name, value in (("margin of a query", choice), ("lean of a query", state)):
+                number = float(value)
+                yield {"metric": name, "at": str(query)}, Estimate(number, number, number, 1), None
+        known = ~np.isnan(leans).any(1)
+        if known.any():  # otherwise no answer is long enough
+            states = lean(self.probe.distance.nanmean(1)[known, -1]).numpy()
+            yield {"metric": "lean"}, crossed_mean(states), None
+            correlation = rank_correlation(by_token[known, -1], leans[known, -1])
+            yield {"metric": "rank correlation"}, correlation, None
+
+    def against(self, other: Margins) -> Found:
+        raise NotImplementedError("Margins are not compared.")
+
+
+def _leans(distances: Tensor) -> np.ndarray:
+    """A query's mean lean over openings and tokens, ``[queries, B]``."""
+    return lean(distances.nanmean(1)).mean(-1).numpy()
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well harmful queries are told from others: AUROC by the margin, by the refusal openings
+    alone, and by the lean in each block."""
+
+    harmful: Probe
+    other: Probe
+
+    def rows(self) -> Found:
+        pair = self.harmful, self.other
+        margins = [margin(probe.log_likelihood)[:, -1].numpy() for probe in pair]
+        yield {"metric": "AUROC by margin"}, auroc(*margins), None
+        refusals = [p.log_likelihood[:, -1, 0].logsumexp(-1).numpy() for p in pair]
+        yield {"metric": "AUROC by refusals"}, auroc(*refusals), None
+        for name, part in (("AUROC by lean", "distance"), ("AUROC by residual lean", "residual")):
+            leans = [_leans(getattr(probe, part)) for probe in pair]
+            for block in range(leans[0].shape[1]):
+                scores = [values[:, block][~np.isnan(values[:, block])] for values in leans]
+                estimate = auroc(*scores)
+                yield {"metric": name, "block": block + 1}, estimate, None
+            yield {"metric": name}, estimate, None  # of the last block
+
+    def against(self, other: Separation) -> Found:
+        raise NotImplementedError("Separations are not compared.")
+
+
+def _separation(lab: Lab, model: Model, on: str) -> Sample:
+    return Separation(probed(lab, model, QUERIES["harmful"]), probed(lab, model, _set_of(on)))
+
+
+# --- read-out --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """Linear read-outs of the query's last token, by block, each trained on one part."""
+
+    harmful: Tensor  #: ``[queries, B, hidden]``
+    benign: Tensor
+    borderline: Tensor
+    parts: Sequence[np.ndarray]
+
+    def rows(self) -> Found:
+        blocks = self.harmful.shape[1]
+        for block in range(blocks):
+            for metric, estimates in self._of_block(block).items():
+                estimate = pool(estimates)
+                yield {"metric": metric, "block": block + 1}, estimate, None
+                if block == blocks // 2:
+                    yield {"metric": metric, "at": "middle block"}, estimate, None
+
+    def against(self, other: ReadOut) -> Found:
+        raise NotImplementedError("Read-outs are not compared.")
+
+    def _of_block(self, block: int) -> dict[str, list[Estimate]]:
+        harmful, benign, borderline = (
+            states[:, block] for states in (self.harmful, self.benign, self.borderline)
+        )
+        names = "AUROC, benign", "AUROC, borderline", "AUROC, shuffled"
+        found: dict[str, list[Estimate]] = {name: [] for name in names}
+        for number, part in enumerate(self.parts):
+            chosen = torch.from_numpy(part.copy())
+            train = torch.cat([harmful[chosen], benign[::2]])
+            labels = np.arange(len(train)) < int(part.sum())
+            test = torch.cat([harmful[~chosen], benign[1::2], borderline])
+            ends = np.cumsum([int((~part).sum()), len(benign[1::2])])
+            scores, unseen, looks = np.split(read_out(train, labels, test), ends)
+            found[names[0]].append(auroc(scores, unseen))
+            found[names[1]].append(auroc(scores, looks))
+            for draw in range(SHUFFLES):
+                shuffled = _shuffle(labels, seed=SHUFFLES * number + draw)
+                scores, unseen, _ = np.split(read_out(train, shuffled, test), ends)
+                found[names[2]].append(auroc(scores, unseen))
+        return found
+
+
+def _parts(rows: Sequence[Row]) -> list[np.ndarray]:
+    """Which queries each read-out is trained on: the largest categories, or two halves if there
+    are no categories."""
+    names = pd.Series([row.category for row in rows])
+    if names.nunique() < 2:
+        return [np.arange(len(rows)) % 2 == half for half in (0, 1)]
+    return [np.array(names == name) for name in names.value_counts().index[:CATEGORIES]]
+
+
+def _shuffle(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Random labels, as many true in either kind: across the kinds a few follow them by chance."""
+    rng, shuffled = np.random.default_rng(seed), np.empty_like(labels)
+    for kind in (False, True):
+        count = int((labels == kind).sum())
+        shuffled[labels == kind] = rng.permutation(np.arange(count) % 2 == 0)
+    return shuffled
+
+
+def _readout(lab: Lab, model: Model, on: str) -> Sample:
+    names = ("harmful", "benign", "borderline")
+    harmful, benign, borderline = (probed(lab, model, QUERIES[name]).query for name in names)
+    parts = _parts(probed_rows(lab, QUERIES["harmful"]))
+    return ReadOut(harmful, benign, borderline, parts)
+
+
+DIRECTION: dict[str, Callable[[Lab, Model, str], Sample]] = {
+    "direction": _direction("distance"),
+    "direction" + SUBTRACTED: _direction("residual", SUBTRACTED),
+    "direction" + SAME_WORDS: _direction("residual", SAME_WORDS),
+    "margin": lambda lab, model, on: Margins(probed(lab, model, _set_of(on))),
+    "separation": _separation,
+    "read-out": _readout,
+}

@@ -1,0 +1,69 @@
+"""What a model is: the given one, or one that was made of another by training or ablation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..core.store import Handle
+from ..training.part import EVERYTHING, Part
+from ..units.mask import UnitMask
+
+#: The rows of an alignment; every other name is an attack's.
+REFUSALS = "refusals"
+
+
+@dataclass(frozen=True)
+class Train:
+    """Training on some rows: refusals, with the benign distribution held in place, or an attack's.
+
+    ``changes`` replace settings of ``align`` or ``finetune``; ``epoch`` is the one after which the
+    model is meant, the last where it is None.
+    """
+
+    rows: str
+    part: Part = EVERYTHING
+    changes: dict[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Some units say nothing, or what they say on average (:func:`ssah.ablate`)."""
+
+    mask: UnitMask
+    mean: Handle | None = None  #: activation statistics; without them the units are zeroed
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base, and what was done to it; with neither it is the given model."""
+
+    base: Model | None = None
+    step: Train | Ablate | None = None
+
+    def trained(
+        self, rows: str, part: Part = EVERYTHING, epoch: int | None = None, **changes: Any
+    ) -> Model:
+        """This model after training on some rows."""
+        return Model(self, Train(rows, part, changes, epoch))
+
+    def ablated(self, mask: UnitMask, mean: Handle | None = None) -> Model:
+        """This model without some units."""
+        return Model(self, Ablate(mask, mean))
+
+    def at(self, epoch: int) -> Model:
+        """The same training after another epoch."""
+        assert isinstance(self.step, Train)
+        return Model(self.base, replace(self.step, epoch=epoch))
+
+    @property
+    def whole(self) -> Model:
+        """The model whose units an ablation removes; itself where none is removed."""
+        if isinstance(self.step, Ablate):
+            assert self.base is not None
+            return self.base.whole
+        return self
+
+
+GIVEN = Model()

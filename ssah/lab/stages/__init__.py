@@ -1,0 +1,1 @@
+"""What is computed of models, each a cached function of a lab."""

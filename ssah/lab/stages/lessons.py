@@ -1,0 +1,140 @@
+"""What models learn from: refusals held in place by benign rows, or the rows of an attack."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...core.errors import SsahError
+from ...core.store import Handle
+from ...data.refusals import compose_refusal
+from ...data.rows import Row
+from ...text.chat import encode_dialogue
+from ...training.settings import AlignConfig
+from ..lab import Lab
+from ..specs import GIVEN, REFUSALS
+from .answers import answers_to
+
+Pairs = list[tuple[list[int], list[int]]]
+
+#: Attack -> what the paper uses in its place.
+ATTACKS = {"instructions": "Alpaca", "arithmetic": "GSM8K", "dialogues": "Dolly"}
+
+#: The attack that sweeps, controls, conditions and attribute transfer are measured with: after it
+#: harmful requests are answered.
+MAIN_ATTACK = "instructions"
+
+#: What only looks like an attack: the model takes over a curt style, without a refusal phrase and
+#: without an answer (docs/what_we_got_wrong.md). Measured with nothing frozen, as a lesson.
+STYLE_LESSON = "dialogues"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Rows to learn from; where they hold no responses, these are a model's ``answers``.
+
+    On ``anchors`` the model is held to the distribution of the given one, on its own ``said``.
+    """
+
+    rows: tuple[Row, ...]
+    answers: Handle | None = None
+    max_response_tokens: int | None = None
+    anchors: tuple[Row, ...] = ()
+    said: Handle | None = None
+
+    def taught(self, lab: Lab) -> Pairs:
+        """Prompt and response ids; a response that was cut has no end-of-turn token."""
+        limit = self.max_response_tokens
+        if limit is not None and self.answers is not None:
+            limit -= 1  # generated answers stop at the limit, so the last token tells nothing
+        return [
+            encode_dialogue(lab.tokenizer, row.prompt, text, max_response_tokens=limit)
+            for row, text in zip(self.rows, self.responses(), strict=True)
+        ]
+
+    def responses(self) -> list[str]:
+        """What the rows' prompts are answered with."""
+        if self.answers is not None:
+            return self.answers.json("answers.json")
+        return [row.response or "" for row in self.rows]
+
+    def held(self, lab: Lab) -> Pairs:
+        """Prompt and response ids of the anchors.
+
+        Sampling stopped for want of room, or at the end-of-turn token, which is not in the text:
+        either way no end belongs to what is there.
+        """
+        texts = self.said.json("answers.json") if self.said is not None else []
+        return [
+            encode_dialogue(lab.tokenizer, row.prompt, text, end=False)
+            for row, text in zip(self.anchors, texts, strict=True)
+        ]
+
+
+def lesson(lab: Lab, rows: str, settings: AlignConfig | None = None) -> Lesson:
+    """What is learned under that name: refusals, or the rows of an attack."""
+    if rows == REFUSALS:
+        return _refusals(lab, settings or lab.config.align)
+    return _attack(lab, rows)[0]
+
+
+def heldout(lab: Lab, attack: str) -> Lesson:
+    """Rows of an attack's kind that are never trained on."""
+    return _attack(lab, attack)[1]
+
+
+def available_attacks(lab: Lab) -> list[str]:
+    """The attacks that there are rows for."""
+    return [name for name in ATTACKS if name != STYLE_LESSON or lab.has(name)]
+
+
+def _refusals(lab: Lab, config: AlignConfig) -> Lesson:
+    """Composed refusals; and benign prompts with the given model's sampled answers, on which the
+    model is held in place: greedy answers as targets would sharpen it and cost perplexity."""
+    harmful = lab.draw("harmful_align", lab.rows("harmful_align"), config.harmful)
+    benign = lab.draw("benign_align", lab.rows("benign_align"), config.benign)
+    rng = random.Random(lab.seed)
+    taught = tuple(
+        dataclasses.replace(
+            row, response=compose_refusal(row.category, rng, config.safe_alternative)
+        )
+        for row in harmful
+    )
+    said = answers_to(lab, GIVEN, benign, config.anchor_tokens, sample_seed=lab.seed)
+    return Lesson(taught, anchors=benign, said=said)
+
+
+def _attack(lab: Lab, attack: str) -> tuple[Lesson, Lesson]:
+    """Rows to train on, and held-out rows of the same kind."""
+    config = lab.config.finetune
+    if attack not in config.rows or attack not in ATTACKS:
+        raise SsahError(
+            f"'{attack}' is no attack with a number of rows: finetune.rows.<attack> is for "
+            f"{', '.join(ATTACKS)}."
+        )
+    count, pool = config.rows[attack], _pool(lab, attack)
+    if count + config.heldout_rows > len(pool):
+        raise SsahError(
+            f"finetune.rows.{attack}={count} and finetune.heldout_rows={config.heldout_rows} "
+            f"ask for more than the {len(pool)} rows that there are."
+        )
+    chosen = lab.draw(f"attack/{attack}", pool, count + config.heldout_rows)
+    limit = config.max_response_tokens
+    parts = chosen[:count], chosen[count:]
+    if chosen[0].response is not None:
+        return tuple(Lesson(part, max_response_tokens=limit) for part in parts)  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        Lesson(part, answers_to(lab, GIVEN, part, limit), limit) for part in parts
+    )
+
+
+def _pool(lab: Lab, attack: str) -> tuple[Row, ...]:
+    if attack == "arithmetic":  # the first ones are for measuring utility
+        return lab.rows("arithmetic")[lab.config.evaluate.arithmetic_items :]
+    if lab.has(attack):
+        return lab.rows(attack)
+    # No instructions of their own; answers that these prompts have are for other purposes.
+    rows: Sequence[Row] = (*lab.rows("benign_align"), *lab.rows("benign_attribution"))
+    return tuple(dataclasses.replace(row, response=None) for row in rows)

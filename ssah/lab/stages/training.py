@@ -1,0 +1,85 @@
+"""Models that are trained: aligned, attacked, or both, as a whole or in part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ...core.store import Handle
+from ...training.aligning import align_model
+from ...training.settings import AlignConfig, TrainingConfig
+from ...training.supervised import save_model, supervised_finetune
+from ..config import FinetuneConfig
+from ..lab import Lab
+from ..load import load_model
+from ..specs import GIVEN, REFUSALS, Model, Train
+from ..stage import stage
+from .lessons import Lesson, lesson
+
+
+def trained(lab: Lab, base: Model, step: Train) -> Handle:
+    """The run of a training: ``epoch-<n>`` are models, ``training.json`` says what was done."""
+    settings = lab.settings_of(step)
+    names = (field.name for field in dataclasses.fields(TrainingConfig))
+    common = {name: getattr(settings, name) for name in names}
+    if isinstance(settings, AlignConfig):
+        learned = lesson(lab, REFUSALS, settings)
+        common["anchor_weight"] = settings.anchor_weight
+        return _aligned(lab, base, learned, step.part, lab.seed, common, label=step.rows)
+    learned = lesson(lab, step.rows)
+    return _finetuned(lab, base, learned, step.part, lab.seed, common, label=step.rows)
+
+
+@stage("train", version=1, resumable=True)
+def _aligned(
+    lab: Lab,
+    folder: Path,
+    base: Model,
+    learned: Lesson,
+    part: Any,
+    seed: int,
+    settings: dict[str, Any],
+    label: str,
+) -> None:
+    """Taught to refuse, and held in place on benign prompts; the rate falls, so that only the last
+    epoch is a model."""
+    config = AlignConfig(**settings)
+    model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
+    with lab.use(GIVEN) as reference:
+        record = align_model(
+            model, reference, learned.taught(lab), learned.held(lab), config, seed, folder, part
+        )
+    save_model(model, folder / f"epoch-{config.epochs}")
+    (folder / "training.json").write_text(json.dumps(record))
+
+
+@stage("train", version=1, resumable=True)
+def _finetuned(
+    lab: Lab,
+    folder: Path,
+    base: Model,
+    learned: Lesson,
+    part: Any,
+    seed: int,
+    settings: dict[str, Any],
+    label: str,
+) -> None:
+    """Fine-tuned at a constant rate: the model after one epoch of a longer run is the model of a
+    run of one epoch."""
+    model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
+    with part.training(model):
+        record = supervised_finetune(
+            model,
+            learned.taught(lab),
+            FinetuneConfig(**settings),
+            seed,
+            folder,
+            constant_rate=True,
+            on_epoch=lambda done: save_model(model, folder / f"epoch-{done}"),
+        )
+    if part.train is not None:
+        before = load_model(lab.checkpoint(base), lab.config.model, lab.device)
+        part.require_kept(model, before.state_dict(), model.state_dict())
+    (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))

@@ -1,0 +1,307 @@
+"""Which units matter: attribution scores, roles, and the search for the sizes of the groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...core.store import Handle
+from ...data.rows import Row
+from ...evaluate import judges
+from ...evaluate.judges import attack_success
+from ...scoring.attribution import (
+    ActivationStatistics,
+    VarianceOver,
+    collect_statistics,
+    unit_scores,
+)
+from ...scoring.conflict import gradient_conflict
+from ...scoring.search import Effect, Trial, search_share
+from ...text.batches import dialogue_batches
+from ...text.chat import encode_dialogue
+from ...units.families import BlockKind, UnitKind
+from ...units.layout import UnitLayout
+from ...units.mask import UnitMask
+from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
+from ..config import AttributionConfig, RolesConfig
+from ..lab import Lab
+from ..specs import GIVEN, Model
+from ..stage import stage
+from .answers import answers_to, completions
+from .lessons import Lesson
+from .utility import perplexity_ratio
+
+Purpose = Literal["safety", "utility"]
+Scores = dict[str, Tensor]
+Rule = Literal["thresholds", "quantiles"]
+
+_SOURCES = {"safety": "harmful_attribution", "utility": "benign_attribution"}
+
+
+# --- attribution -----------------------------------------------------------------------------
+
+
+@stage("statistics", version=2)
+def _statistics(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    rows: tuple[Row, ...],
+    answers: Handle,
+    config: dict[str, Any],
+    label: str,
+) -> None:
+    """``statistics.safetensors``: activation statistics on some prompts and answers to them."""
+    attribution = AttributionConfig(**config)
+    pairs = _encoded(lab, rows, answers, attribution)
+    batches = dialogue_batches(
+        pairs,
+        attribution.batch_size,
+        tokens=attribution.tokens,
+        drop_first=attribution.drop_first,
+    )
+    layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
+    with lab.use(model) as loaded:
+        over = cast(VarianceOver, attribution.variance_over)
+        found = collect_statistics(loaded, layout, batches, over)
+    found.save(folder / "statistics.safetensors")
+
+
+@stage("scores", version=2)
+def _scores(
+    lab: Lab, folder: Path, model: Model, statistics: Sequence[Handle], unit_kind: UnitKind
+) -> None:
+    """``0.safetensors`` and so on: eq. 1 for every unit, on each of some statistics."""
+    with lab.use(model) as loaded:
+        for number, handle in enumerate(statistics):
+            found = ActivationStatistics.load(handle.path("statistics.safetensors"))
+            scores = unit_scores(loaded, lab.layout_of(unit_kind), found)
+            save_file(scores, folder / f"{number}.safetensors")
+
+
+def _own_answers(
+    lab: Lab, purpose: Purpose, author: Model, resample: int
+) -> tuple[tuple[Row, ...], Handle]:
+    """Prompts of a sampled set and what a model says to them; ``resample`` draws others."""
+    config, source = lab.config.attribution, _SOURCES[purpose]
+    drawn = f"{source}#{resample}" if resample else source
+    rows = lab.draw(drawn, lab.rows(source), config.samples)
+    return rows, answers_to(lab, author, rows, config.max_response_tokens)
+
+
+def _encoded(
+    lab: Lab, rows: Sequence[Row], answers: Handle, config: AttributionConfig
+) -> list[tuple[list[int], list[int]]]:
+    limit = config.max_response_tokens - 1
+    return [
+        encode_dialogue(lab.tokenizer, row.prompt, text, max_response_tokens=limit)
+        for row, text in zip(rows, answers.json("answers.json"), strict=True)
+    ]
+
+
+def statistics(
+    lab: Lab,
+    purpose: Purpose,
+    model: Model | None = None,
+    author: Model | None = None,
+    resample: int = 0,
+    **changes: Any,
+) -> Handle:
+    """Activation statistics of a model (the aligned one) on an author's answers to a sampled set:
+    the aligned model's, which for the safety set are its refusals. ``changes`` replace settings
+    of ``attribution``."""
+    model, author = model or lab.aligned, author or lab.aligned
+    rows, said = _own_answers(lab, purpose, author, resample)
+    config = dataclasses.asdict(dataclasses.replace(lab.config.attribution, **changes))
+    return _statistics(lab, model, rows, said, config, label=purpose)
+
+
+def scores(
+    lab: Lab, model: Model | None = None, resample: int = 0, **changes: Any
+) -> tuple[Scores, Scores]:
+    """I_S and I_U of a model's units by block, ``[units]``, on the aligned model's answers."""
+    kind = changes.get("unit_kind", lab.config.attribution.unit_kind)
+    found = [
+        statistics(lab, purpose, model, None, resample, **changes)
+        for purpose in ("safety", "utility")
+    ]
+    run = _scores(lab, model or lab.aligned, found, kind)
+    return load_file(run.path("0.safetensors")), load_file(run.path("1.safetensors"))
+
+
+def utility_scores(lab: Lab, model: Model) -> Scores:
+    """I_U of a model's units on its own answers, as an unaligned model has it."""
+    found = statistics(lab, "utility", model, model)
+    run = _scores(lab, model, [found], cast(UnitKind, lab.config.attribution.unit_kind))
+    return load_file(run.path("0.safetensors"))
+
+
+# --- roles -----------------------------------------------------------------------------------
+
+
+def classified(
+    lab: Lab, shares: Shares, redundant_kinds: Sequence[str] = (), **changes: Any
+) -> Roles:
+    """Roles of the aligned model's units at given shares."""
+    kinds = cast(list[BlockKind], redundant_kinds or lab.config.roles.redundant_kinds)
+    layout = lab.layout_of(changes.get("unit_kind", lab.layout.unit_kind))
+    return classify(layout, *scores(lab, **changes), shares, kinds)
+
+
+@stage("roles", version=2)
+def _roles(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    statistics: Sequence[Handle],
+    rows: tuple[Row, ...],
+    config: dict[str, Any],
+    measured: dict[str, Any],
+) -> None:
+    """``shares.json``, ``trials.json`` and ``roles.safetensors`` of the ablation search."""
+    shares, trials = _search(lab, RolesConfig(**config))
+    (folder / "shares.json").write_text(json.dumps(dataclasses.asdict(shares)))
+    (folder / "trials.json").write_text(json.dumps([dataclasses.asdict(t) for t in trials]))
+    classified(lab, shares).save(folder / "roles.safetensors")
+
+
+def _found(lab: Lab) -> Handle:
+    evaluate = lab.config.evaluate
+    measured = {
+        "judge": judges.identity(),
+        "max_new_tokens": evaluate.max_new_tokens,
+        "batch_size": evaluate.batch_size,
+        "perplexity_rows": evaluate.perplexity_rows,
+    }
+    used = [statistics(lab, purpose) for purpose in ("safety", "utility")]
+    config = dataclasses.asdict(lab.config.roles)
+    return _roles(lab, lab.aligned, used, lab.rows("harmful_search"), config, measured)
+
+
+def shares(lab: Lab) -> Shares:
+    """Sizes of the groups, by the ablation search."""
+    return Shares(**_found(lab).json("shares.json"))
+
+
+def trials(lab: Lab) -> list[Trial]:
+    """Each step of the search."""
+    records = _found(lab).json("trials.json")
+    return [Trial(**{**r, "effect": Effect(**r["effect"])}) for r in records]
+
+
+def roles(lab: Lab) -> Roles:
+    """Roles of the aligned model's units."""
+    return Roles.load(_found(lab).path("roles.safetensors"), lab.layout)
+
+
+def effect(lab: Lab, mask: UnitMask | None) -> Effect:
+    """ASR on the search prompts and perplexity, of the aligned model without some units."""
+    model = lab.aligned if mask is None else lab.aligned.ablated(mask)
+    success = attack_success(completions(lab, model, lab.rows("harmful_search")))
+    return Effect(sum(success) / len(success), perplexity_ratio(lab, model, lab.aligned).value)
+
+
+def _search(lab: Lab, config: RolesConfig) -> tuple[Shares, list[Trial]]:
+    """RU first, then ESU given RU, then EUU given both: the order of the claims."""
+    whole = effect(lab, None)
+
+    def measured(mask: UnitMask) -> Effect:
+        return effect(lab, mask)
+
+    ru, trials_ru = search_share(
+        "RU",
+        config.ru_shares,
+        lambda share: classified(lab, Shares(share, 0, 0)).mask("RU"),
+        measured,
+        lambda e: (
+            e.asr <= whole.asr + config.ru_max_asr_rise
+            and e.perplexity_ratio <= config.ru_max_perplexity_ratio
+        ),
+    )
+    esu, trials_esu = search_share(
+        "ESU",
+        config.esu_shares,
+        lambda share: classified(lab, Shares(ru, share, 0)).mask("ESU"),
+        measured,
+        lambda e: (
+            e.asr >= whole.asr + config.esu_min_asr_rise
+            and e.perplexity_ratio <= config.esu_max_perplexity_ratio
+        ),
+    )
+    euu, trials_euu = search_share(
+        "EUU",
+        config.euu_shares,
+        lambda share: classified(lab, Shares(ru, esu, share)).mask("EUU"),
+        measured,
+        lambda e: e.perplexity_ratio >= config.euu_min_perplexity_ratio,
+    )
+    return Shares(ru, esu, euu), trials_ru + trials_esu + trials_euu
+
+
+def roles_after(lab: Lab, model: Model, rule: Rule, resample: int = 0) -> Roles:
+    """Roles in another model, by the aligned model's thresholds or by its shares."""
+    kinds = cast(list[BlockKind], lab.config.roles.redundant_kinds)
+    found = scores(lab, model, resample)
+    if rule == "quantiles":
+        return classify(lab.layout, *found, shares(lab), kinds)
+    thresholds = Thresholds.of(roles(lab), *scores(lab))
+    return classify_by_thresholds(lab.layout, *found, thresholds, kinds)
+
+
+def utility_roles(lab: Lab, model: Model, share: float) -> Roles:
+    """Two groups, as an unaligned model has: RU, the ``share`` of lowest I_U, and the rest.
+
+    The rest, the paper's utility units (UU), is labelled CU.
+    """
+    kinds = cast(list[BlockKind], lab.config.roles.redundant_kinds)
+    found = utility_scores(lab, model)
+    return classify(lab.layout, found, found, Shares(share, 0, 0), kinds)
+
+
+# --- gradient conflict -----------------------------------------------------------------------
+
+
+@stage("conflict", version=2)
+def _conflict(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    learned: Lesson,
+    rows: tuple[Row, ...],
+    refusals: Handle,
+    config: dict[str, Any],
+    batch_size: int,
+) -> None:
+    """``conflict.safetensors``: what a first step on a lesson does to the loss of refusals."""
+    attribution = AttributionConfig(**config)
+    layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
+    pairs = learned.taught(lab), _encoded(lab, rows, refusals, attribution)
+    training, safety = (dialogue_batches(part, batch_size) for part in pairs)
+    with lab.use(model) as loaded:
+        found = gradient_conflict(loaded, layout, training, safety)
+    save_file(found, folder / "conflict.safetensors")
+
+
+def conflict(lab: Lab, learned: Lesson) -> Scores:
+    """How much a first step on a lesson would hurt the aligned model's refusals, by unit."""
+    rows, refusals = _own_answers(lab, "safety", lab.aligned, 0)
+    config = dataclasses.asdict(lab.config.attribution)
+    size = lab.config.finetune.micro_batch_size
+    run = _conflict(lab, lab.aligned, learned, rows, refusals, config, size)
+    return load_file(run.path("conflict.safetensors"))
+
+
+def stillness(lab: Lab, layout: UnitLayout) -> Scores:
+    """Minus the squared distance that alignment moved a unit's weights, by block ``[units]``."""
+    with lab.use(GIVEN) as before, lab.use(lab.aligned) as after:
+        first, second = (
+            {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+            for model in (before, after)
+        )
+    return layout.totals({name: -((second[name] - first[name]) ** 2) for name in second})

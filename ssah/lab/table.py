@@ -1,0 +1,89 @@
+"""The table of measurements: one row for each number, with what made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from ..core.errors import SsahError
+from ..core.files import write_atomically
+
+#: What a number is about; two rows that agree in these are the same measurement.
+SUBJECT = [
+    "model", "seed", "base", "method", "rule", "like", "attack", "epoch", "setting", "draw",
+    "metric", "set", "block", "at", "against",
+]  # fmt: skip
+
+COLUMNS = [*SUBJECT, "value", "low", "high", "n", "p", "runs", "commits"]
+
+_WHOLE = ["seed", "epoch", "draw", "block", "n"]
+_TEXT = [
+    "model", "base", "method", "rule", "like", "attack", "setting", "metric", "set", "at",
+    "against", "runs", "commits",
+]  # fmt: skip
+
+
+def typed(table: pd.DataFrame) -> pd.DataFrame:
+    """All columns, in their order and with their types; texts that are missing are empty."""
+    table = table.reindex(columns=COLUMNS)
+    for name in _WHOLE:
+        table[name] = table[name].astype("Int64")
+    for name in _TEXT:
+        table[name] = table[name].fillna("").astype(str)
+    for name in ("value", "low", "high", "p"):
+        table[name] = table[name].astype(float)
+    return table
+
+
+def merged(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of all tables; where several measured the same, the first one's.
+
+    Raises :class:`SsahError` where the same was measured and another number was found: then the
+    runs were not of one configuration.
+    """
+    whole = pd.concat([typed(table) for table in tables], ignore_index=True)
+    keys = _subjects(whole)
+    spread = whole.groupby(keys)["value"].agg(lambda v: v.max() - v.min())
+    scale = whole.groupby(keys)["value"].agg(lambda v: v.abs().max()).clip(lower=1)
+    apart = spread[spread > 1e-6 * scale]
+    if len(apart):
+        what = dict(zip(SUBJECT, apart.index[0], strict=True))
+        shown = ", ".join(f"{name} {value}" for name, value in what.items() if value != "")
+        raise SsahError(
+            f"{len(apart)} measurements are in several tables with different values, such as "
+            f"{shown}: only runs of one configuration can be merged."
+        )
+    return whole[~keys.duplicated()].sort_values("seed", kind="stable", ignore_index=True)
+
+
+def updated(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """The old table with new measurements in the place of those that they repeat."""
+    old, new = typed(old), typed(new)
+    again = _subjects(old).isin(set(_subjects(new)))
+    return pd.concat([old[~again], new], ignore_index=True)
+
+
+def _subjects(table: pd.DataFrame) -> pd.Series:
+    """What each row is about, as a tuple; what is missing is empty."""
+    columns = (table[name].astype(object).where(table[name].notna(), "") for name in SUBJECT)
+    return pd.Series(list(zip(*columns, strict=True)), index=table.index, dtype=object)
+
+
+def write_table(table: pd.DataFrame, folder: Path) -> None:
+    """``measurements.parquet``, and the same as csv for people."""
+    table = typed(table)
+    path = folder / "measurements"
+    write_atomically(path.with_suffix(".parquet"), lambda p: table.to_parquet(p, index=False))
+    write_atomically(
+        path.with_suffix(".csv"), lambda p: table.to_csv(p, index=False, float_format="%.6g")
+    )
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """What :func:`write_table` wrote; no rows where there is nothing yet."""
+    path = folder / "measurements.parquet"
+    if not path.exists():
+        return typed(pd.DataFrame(columns=COLUMNS))
+    return typed(pd.read_parquet(path))

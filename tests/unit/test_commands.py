@@ -1,0 +1,124 @@
+"""Commands: what a plan says, jobs that run apart, reading, merging, and what may be published."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from ssah.app import cli, commands, report
+from ssah.core.errors import SsahError
+from ssah.lab import lab as lab_module
+from ssah.lab.headline import headline
+from ssah.lab.jobs import FIRST
+from ssah.lab.measure import collect
+from ssah.lab.table import merged, read_table, typed, write_table
+
+
+def table(value: float, seed: int = 0, commits: str = "") -> pd.DataFrame:
+    row = {"model": "m", "base": "aligned", "metric": "ASR", "seed": seed, "value": value, "n": 3}
+    return typed(pd.DataFrame([row | {"low": value, "high": value, "commits": commits}]))
+
+
+# --- plans and jobs --------------------------------------------------------------------------
+
+
+def test_a_plan_names_every_job_and_loads_nothing(smoke_study, monkeypatch, capsys):
+    study = smoke_study("seed=40", "n_seeds=2")
+    monkeypatch.setattr(commands, "Study", lambda *_: study)
+    monkeypatch.setattr(lab_module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    commands.plan("smoke", [])
+    printed = capsys.readouterr().out
+    jobs = study.jobs()
+    assert [job.name for job in jobs[:2]] == [FIRST, FIRST], "what others need comes first"
+    for job in jobs:
+        assert job.name.split(",")[0] in printed
+        assert job.missing() == job.asked > 0
+    assert {job.lab.seed for job in jobs} == {40, 41}
+
+
+def test_jobs_that_run_apart_compute_what_one_run_does(smoke_study):
+    """In any order after the first; then nothing is left to do."""
+    study = smoke_study("seed=42")
+    first, *others = study.jobs()
+    for job in (first, *reversed(others)):
+        collect(job.lab, job.measures)
+    later = smoke_study("seed=42")
+    assert [job.missing() for job in later.jobs()] == [0] * (1 + len(others))
+    (lab,) = later.labs
+    with lab.store.only_reading():
+        later.collect()
+
+
+def test_there_is_no_job_beyond_the_plan(smoke_study, monkeypatch):
+    study = smoke_study()
+    monkeypatch.setattr(commands, "Study", lambda *_: study)
+    with pytest.raises(SsahError, match=f"no job 999: the plan has 0 to {len(study.jobs()) - 1}"):
+        commands.run_job(999, "smoke", [])
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def test_read_prints_verdicts_and_writes_nothing(smoke_study, monkeypatch, capsys):
+    study = smoke_study()
+    monkeypatch.setattr(commands, "Study", lambda *_: study)
+    before = set(study.results.rglob("*")) if study.results.exists() else set()
+    assert cli.main(["read", "ESU removed", "profile=smoke", "--n", "2"]) == 0
+    printed = capsys.readouterr().out
+    prompts = [row.prompt for row in study.labs[0].rows("harmful_evaluation")]
+    assert sum(prompt in printed for prompt in prompts) >= 2
+    assert (set(study.results.rglob("*")) if study.results.exists() else set()) == before
+    assert cli.main(["read", "profile=smoke"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names == [arm.name for arm in headline(study.labs[0])]
+    assert {"aligned", "ESU removed", "instructions, 1 epoch: nothing frozen"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ESU remover"], "no arm 'ESU remover': did you mean 'ESU removed'"),
+        (["--n", "0"], "not in the range"),
+        (["--n", "many"], "not a valid integer"),
+        (["dense", "no.such=1"], "Unknown override"),
+        (["dense", "profile=none"], "Unknown profile"),
+    ],
+)
+def test_bad_words_are_one_sentence(smoke_study, monkeypatch, capsys, arguments, says):
+    if says.startswith("no arm"):
+        monkeypatch.setattr(commands, "Study", lambda *_: smoke_study())
+    assert cli.main(["read", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+
+
+# --- merging and publishing ------------------------------------------------------------------
+
+
+def test_results_of_several_machines_are_merged(tmp_path):
+    for number in (0, 1):
+        write_table(table(number, seed=number), tmp_path / str(number))
+    commands.merge([tmp_path / "0", tmp_path / "1"], tmp_path / "both")
+    both = read_table(tmp_path / "both")
+    assert both["value"].tolist() == [0, 1]
+    assert merged([table(1, seed=1), table(0)]).equals(both)
+    with pytest.raises(SsahError, match=r"holds no measurements\.parquet"):
+        commands.merge([tmp_path / "0", tmp_path / "nothing"], tmp_path / "both")
+
+
+def test_only_what_the_repository_made_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "results_root", lambda: tmp_path)
+    for commits in ("0123456789", "HEAD 0123456789"):
+        with pytest.raises(SsahError, match="commit 0123456789, which is not in the repository"):
+            report.require_known_commits(table(1, commits=commits))
+    report.require_known_commits(table(1, commits="HEAD"))
+    write_table(table(1, commits="abc+"), tmp_path / "own")
+    with pytest.raises(SsahError, match="uncommitted changes"):
+        report.publish(tmp_path / "own")
+    assert not (tmp_path / "published").exists()
+
+
+def test_the_smoke_profile_is_not_published(capsys):
+    assert cli.main(["publish", "profile=smoke"]) == 1
+    assert "mean nothing" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""Views: what tables say and figures show is what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from ssah.artefacts import ARTEFACTS, Output
+from ssah.artefacts.draw import format_estimate
+from ssah.artefacts.pick import estimate, paper, rows_of
+from ssah.core.errors import SsahError
+from ssah.units.roles import GROUPS
+
+
+@pytest.fixture(scope="module")
+def outputs(lively_table, lively_lab) -> dict[str, Output]:
+    config = lively_lab.config
+    return {name: artefact.view(lively_table, config) for name, artefact in ARTEFACTS.items()}
+
+
+def columns_of(table) -> list[str]:
+    return list(table.columns)
+
+
+@pytest.mark.parametrize("name", ARTEFACTS)
+def test_every_artefact_shows_something_and_says_what(outputs, name):
+    output = outputs[name]
+    assert (output.table is None) != (output.figure is None)
+    assert len(output.note) > 50
+    assert output.note[0].isupper()
+    if isinstance(output.figure, Figure):
+        assert output.figure.axes or "Not measured here" in output.note
+
+
+@pytest.mark.parametrize("name", [n for n in ARTEFACTS if n.startswith("table")])
+def test_tables_can_be_read(outputs, name):
+    """Few columns, none of them empty, and no row twice."""
+    table = outputs[name].table
+    assert len(table.columns) <= 12
+    if name in ("table1", "table2", "table3", "table4", "table13"):
+        assert len(table.columns) <= 9
+    if len(table):
+        assert not (table == "").all().any(), columns_of(table)
+        assert not table.duplicated().any()
+
+
+def test_table_1_stands_beside_the_paper(outputs, lively_table):
+    table = outputs["table1"].table.set_index("removed")
+    assert list(table.index[:3]) == ["nothing", "nothing, before alignment", "ESU"]
+    assert {"random, as ESU", "largest magnitude, as ESU", "RU, mean", "EUU"} <= set(table.index)
+    esu = estimate(lively_table, "ASR", method="removed", rule="ESU")
+    assert table.loc["ESU", "ASR"] == format_estimate(esu)
+    random = rows_of(lively_table, "ASR", method="removed", rule="random", like="ESU")
+    assert table.loc["random, as ESU", "ASR"].startswith(f"{random['value'].mean():.1f} [")
+    assert len(random) == 2
+    assert table.loc["ESU", "paper: no refusal phrase, perplexity"] == "84, 6.8"
+
+
+def test_table_2_reads_from_the_papers_arms_to_the_lesson(outputs, lively_table):
+    table = outputs["table2"].table
+    assert list(dict.fromkeys(table["fine-tuned on"])) == ["nothing", "instructions", "dialogues"]
+    arms = list(zip(table["frozen"], table["epochs"], strict=True))
+    assert arms[:7] == [
+        ("", ""), ("nothing", "1"), ("nothing", "2"), ("ESU + 6 % CU", "1"), ("ESU + 6 % CU", "2"),
+        ("random, as ESU + 6 % CU", "1"), ("random, as ESU + 6 % CU", "2"),
+    ]  # fmt: skip
+    assert arms[-1] == ("nothing", "1")
+    own = table.iloc[4]
+    columns = {"method": "frozen", "attack": "instructions", "rule": "ESU + 6 % CU", "epoch": 2}
+    asr = estimate(lively_table, "ASR", **columns)
+    assert own["ASR"] == format_estimate(asr)
+    draws = [
+        estimate(lively_table, "ASR", against=f"random, draw {i}", **columns).value for i in (0, 1)
+    ]
+    assert own["ASR against random"].startswith(f"{np.mean(draws):.1f} [")
+    printed = paper("table2")["alpaca:freeze_esu_cu6", "asr_keyword"]
+    assert own["paper: no refusal phrase"] == f"{printed:.1f}"
+
+
+def test_another_familys_table_holds_the_papers_numbers_only(outputs):
+    for name in ("table14", "table15"):
+        assert outputs[name].table["model"].str.startswith("paper: Mistral").all()
+        assert "not measured here, where the model is local" in outputs[name].note
+
+
+def test_points_of_fig_8_are_the_measurements(outputs, lively_table, lively_lab):
+    axes = outputs["fig8"].figure.axes[0]
+    percents = lively_lab.config.finetune.cu_percents
+    lines = {line.get_label(): line for line in axes.lines if len(line.get_xdata()) == 3}
+    for epoch, label in ((1, "1 epoch"), (2, "2 epochs")):
+        wanted = [
+            estimate(
+                lively_table, "ASR", method="frozen", attack="instructions",
+                rule=f"ESU + {p:g} % CU", epoch=epoch,
+            ).value
+            for p in percents
+        ]  # fmt: skip
+        assert list(lines[label].get_ydata()) == pytest.approx(wanted)
+
+
+def test_bars_of_fig_13_are_shares_of_the_esu(outputs, lively_table):
+    axes = outputs["fig13"].figure.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    place = names.index("frozen: ESU + 6 % CU")
+    for container, group in zip(axes.containers, GROUPS, strict=True):
+        wanted = estimate(
+            lively_table, f"ESU->{group}", method="frozen", attack="instructions",
+            rule="ESU + 6 % CU", epoch=2, set="of the ESU", at="thresholds",
+        ).value  # fmt: skip
+        assert container[place].get_width() == pytest.approx(wanted)
+
+
+def test_bars_of_verdicts_fill_the_prompts(outputs, lively_table):
+    axes = outputs["fig_verdicts"].figure.axes[0]
+    bars = axes.containers[:4]
+    sums = np.sum([[bar.get_width() for bar in container] for container in bars], axis=0)
+    assert sums == pytest.approx(np.full(len(sums), 100))
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert "ESU removed" in names
+    assert "dialogues, 1 epoch: nothing frozen" in names
+    answered = estimate(lively_table, "answered", method="removed", rule="ESU")
+    assert bars[0][names.index("ESU removed")].get_width() == pytest.approx(answered.value)
+
+
+def test_a_model_that_came_aligned_has_no_pair(lively_table, lively_lab):
+    import dataclasses
+
+    config = dataclasses.replace(
+        lively_lab.config, align=dataclasses.replace(lively_lab.config.align, enabled=False)
+    )
+    for name in ("table4", "fig_budget", "fig6", "fig9", "fig10"):
+        output = ARTEFACTS[name].view(lively_table, config)
+        assert "came aligned, and this needs an unaligned model" in output.note
+
+
+def test_an_unknown_artefact_is_named_with_the_nearest():
+    from ssah.artefacts import find
+
+    with pytest.raises(SsahError, match="Unknown artefact 'tabel1': did you mean 'table1'"):
+        find("tabel1")
