@@ -136,7 +136,7 @@ def test_a_part_is_measured_as_the_published_run_and_added_to_it(monkeypatch, tm
         monkeypatch.setattr(f"ssah.report.{name}", lambda *a, name=name: calls.append((name, *a)))
     assert cli.main(["publish", "table1", "06_alignment_budget", "seed=1"]) == 0
     wide = [f"{group}=wide" for group in ("finetune", "evaluate", "probes", "budget")]
-    overrides = [*wide, "seed=1", "add_to=published"]
+    overrides = ["headline_seeds=3", *wide, "seed=1", "add_to=published"]
     results, published = calls[3][1], tmp_path / "published"
     artefacts = ["table1", "table4", "fig_budget", "fig6", "fig9", "fig10"]
     assert calls == [
