@@ -76,7 +76,7 @@ def fig_verdicts(study: Study) -> Output:
             )  # fmt: skip
         axes.invert_yaxis()
         axes.set(xlabel="% of the evaluation prompts", xlim=(0, 100))
-        axes.legend(ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+        axes.legend(ncols=3, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     output.figure = figure
     return output
 
