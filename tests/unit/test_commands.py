@@ -32,7 +32,8 @@ def test_a_plan_names_every_job_and_loads_nothing(smoke_study, monkeypatch, caps
     assert [job.name for job in jobs[:2]] == [FIRST, FIRST], "what others need comes first"
     for job in jobs:
         assert job.name.split(",")[0] in printed
-        assert job.missing() == job.asked > 0
+        # What compares a model with itself needs nothing.
+        assert job.asked - 2 <= job.missing() <= job.asked > 0
     assert {job.lab.seed for job in jobs} == {40, 41}
 
 

@@ -332,7 +332,9 @@ def files(tmp_path, monkeypatch):
 
 
 def built(tmp_path: Path, config: DataConfig) -> Handle:
-    return build_sets(Store(tmp_path / "runs"), config)
+    run = build_sets(Store(tmp_path / "runs"), config)
+    run.path("")
+    return run
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])

@@ -301,9 +301,9 @@ def test_mask_survives_saving(tiny_model, tmp_path):
 def test_equal_masks_have_one_digest_and_others_another(tiny_model):
     layout = UnitLayout.of(tiny_model)
     mask = layout.mask(torch.arange(layout.units) % 3 == 0)
-    turned = UnitMask(dict(reversed(mask.items())))
+    turned = UnitMask(dict(reversed(list(mask.items()))))
     one_more = UnitMask({name: part.clone() for name, part in mask.items()})
-    one_more["layers.1.mlp"][1] = True
+    one_more["layers.1.mlp"][1].logical_not_()
     other_kind = UnitMask(mask, "kv_group")
     assert mask.digest() == turned.digest()
     assert len({m.digest() for m in (mask, one_more, other_kind, ~mask)}) == 4

@@ -7,14 +7,8 @@ from dataclasses import dataclass
 
 from ...core.errors import SsahError, suggestion
 from ...data.rows import Row
-from ...evaluate.judges import (
-    VERDICTS,
-    Completion,
-    attack_success,
-    judge,
-    not_refused,
-    refused,
-)
+from ...evaluate import judges
+from ...evaluate.judges import VERDICTS, Completion, attack_success, not_refused, refused
 from ...evaluate.labels import agreement, errors_of_answered, judged, key, known_labels
 from ...evaluate.stats import Estimate, corrected, proportion
 from ...training.part import EVERYTHING
@@ -179,8 +173,8 @@ BEHAVIOUR: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "ASR": _judged(attack_success),
     "no refusal phrase": _judged(not_refused),
     "refused": _judged(refused),
-    "evaded": _judged(lambda found: [judge(c) == "evaded" for c in found]),
-    "incoherent": _judged(lambda found: [judge(c) == "incoherent" for c in found]),
+    "evaded": _judged(lambda found: [judges.judge(c) == "evaded" for c in found]),
+    "incoherent": _judged(lambda found: [judges.judge(c) == "incoherent" for c in found]),
     "verdicts": _verdicts,
     "labels": _labels,
     "perplexity": _perplexity,
