@@ -13,9 +13,8 @@ export TOKENIZERS_PARALLELISM ?= false
 # Large pages for tensors: a training step on two cores takes a tenth less time.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-ARTEFACTS := table11 fig2 fig3 fig4 fig7 fig_margin fig_readout fig_share_sweep fig_roles_map table1 \
-	fig5 fig11 fig12 fig13 table2 table13 table3 fig8 fig_conditions table14 table15 \
-	table4 fig_budget fig6 fig9 fig10 fig_verdicts table_judges
+# Their ids are written once, in the package.
+ARTEFACTS := $(shell sed -n 's/^ *Artefact."\([a-z0-9_]*\)".*/\1/p' ssah/artefacts/__init__.py)
 NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 
 .PHONY: help env setup plan smoke reproduce publish test test-notebooks lint bench lock clean-cache \
@@ -23,10 +22,10 @@ NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 
 help:
 	@echo "make setup            create $(VENV) from requirements.lock"
-	@echo "make plan             what there is to compute, and how long it takes"
+	@echo "make plan             what there is to compute"
 	@echo "make reproduce        every figure and table, then the claims table"
 	@echo "make smoke            the same on a random model, in about two minutes"
-	@echo "make publish          more arms and seeds, into results/published"
+	@echo "make publish          conf/experiment/published.yaml, into results/published"
 	@echo "make test             lint, types, unit, integration and notebook tests"
 	@echo "make lint             style and types alone"
 	@echo "make test-notebooks   the notebooks alone, on the smoke profile"
@@ -47,8 +46,11 @@ setup:
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps -e .
 
-plan reproduce publish bench clean-cache: env
+plan reproduce bench clean-cache: env
 	$(SSAH) $@ $(ARGS)
+
+publish: env
+	$(SSAH) publish $(or $(ARGS),experiment=published)
 
 smoke: env
 	$(SSAH) reproduce profile=smoke $(ARGS)

@@ -1,7 +1,25 @@
-"""``python -m ssah``."""
+"""``python -m ssah``, and the command ``ssah``."""
+
+from __future__ import annotations
 
 import sys
 
-from .app.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """The command line, where what it needs is installed; else a sentence that says what to do."""
+    try:
+        from .app.cli import main as command_line
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "ssah":
+            raise
+        print(
+            f"ssah: the command line needs {error.name}: pip install 'ssah[study]'. The method "
+            "itself (import ssah) does without.",
+            file=sys.stderr,
+        )
+        return 1
+    return command_line()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

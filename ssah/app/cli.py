@@ -130,13 +130,16 @@ def run(number: int, overrides: Sequence[str]) -> None:
 @ssah.command()
 @_overrides
 @click.option("--cluster", type=click.Choice(["local", "slurm"]), help="Default: SLURM if there.")
+@click.option("--at-once", type=click.IntRange(min=1), help="Jobs side by side.")
 @click.option("--set", "settings", multiple=True, help="submitit's, such as slurm_partition=gpu.")
-def submit(overrides: Sequence[str], cluster: str | None, settings: Sequence[str]) -> None:
+def submit(
+    overrides: Sequence[str], cluster: str | None, at_once: int | None, settings: Sequence[str]
+) -> None:
     """Compute all jobs of the plan on a cluster, or as processes of this machine."""
     from .cluster import submit as send
 
     chosen = dict(_setting(text) for text in settings)
-    send(*split_profile(list(overrides)), cluster, chosen)
+    send(*split_profile(list(overrides)), cluster, at_once, chosen)
 
 
 def _setting(text: str) -> tuple[str, int | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,18 @@ from .commands import prepared, run_job
 
 
 def submit(
-    profile: str, overrides: list[str], cluster: str | None, settings: dict[str, Any]
+    profile: str,
+    overrides: list[str],
+    cluster: str | None,
+    at_once: int | None,
+    settings: dict[str, Any],
 ) -> None:
     """Run all jobs that are not done: first those that others need, then the rest side by side.
 
     Waits for the end. What a job computed before it was killed stays, so that the next call goes on
     from there. Machines must share ``SSAH_HOME``. ``cluster`` None takes SLURM where there is one;
-    ``settings`` are submitit's (``timeout_min``, ``slurm_partition``, ``cpus_per_task`` ...).
+    ``at_once`` None means all jobs on SLURM, and one after the other on this machine, whose memory
+    they share; ``settings`` are submitit's (``timeout_min``, ``slurm_partition`` ...).
     """
     try:
         import submitit
@@ -29,12 +35,16 @@ def submit(
     for first in (True, False):
         jobs = prepared(profile, overrides).jobs()
         numbers = [n for n, j in enumerate(jobs) if (j.name == FIRST) == first and j.missing()]
-        with executor.batch():
-            running = [executor.submit(run_job, n, profile, overrides) for n in numbers]
-        failed = [_reason(job) for job in running if job.exception() is not None]
+        width = at_once or (1 if executor.cluster == "local" else len(numbers) or 1)
+        failed = []
+        for group in (numbers[i : i + width] for i in range(0, len(numbers), width)):
+            print(f"Jobs {', '.join(map(str, group))} of {len(jobs)} ...", file=sys.stderr)
+            with executor.batch():
+                running = [executor.submit(run_job, n, profile, overrides) for n in group]
+            failed += [_reason(job) for job in running if job.exception() is not None]
         if failed:
             raise SsahError(
-                f"{len(failed)} of {len(running)} jobs failed, the first one with: {failed[0]} "
+                f"{len(failed)} of {len(numbers)} jobs failed, the first one with: {failed[0]} "
                 f"(logs in {home() / 'jobs'}). What they computed is kept: submit again."
             )
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from ..artefacts import ARTEFACTS, find
+from ..artefacts import ARTEFACTS
 from ..core.errors import SsahError
 from ..core.paths import home, results_root
 from ..core.store import Store
@@ -19,29 +21,25 @@ from ..evaluate.labels import agreement, confusion, judged, read_labelled
 from ..lab.config import sweep_points
 from ..lab.headline import headline, random_completions
 from ..lab.measure import collect
-from ..lab.table import merged, read_table, write_table
+from ..lab.table import merged, read_table, same_subjects, typed, write_table
 from . import report
 from .notebooks import available, execute
 from .study import Study
+from .write import SETTINGS, write_output
 
-#: What the published run of a profile measures beyond everybody's.
-PUBLISHED = {
-    "laptop": (
-        "headline_seeds=3", "finetune=wide", "evaluate=wide", "probes=wide", "budget=wide",
-    )
-}  # fmt: skip
+#: Overrides that say which seeds a run has.
+SEEDS = ("seed", "n_seeds", "headline_seeds")
 
 
 def artefacts(names: Sequence[str], profile: str, overrides: list[str], *, sweep: bool) -> None:
     """Compute some artefacts, with the values of a sweep one after the other."""
-    chosen = [find(name) for name in names]
     for own in sweep_points(overrides) if sweep else [overrides]:
         study = prepared(profile, own)
-        study.collect(chosen)
-        for artefact in chosen:
-            print(f"{artefact.id}: {artefact.title}.", file=sys.stderr)
-            study.show(artefact.id)
-            print("\n".join(str(p) for p in sorted(study.results.glob(f"*/{artefact.id}.*"))))
+        study.collect(names)
+        for name in names:
+            print(f"{name}: {ARTEFACTS[name].title}.", file=sys.stderr)
+            study.show(name)
+            print("\n".join(str(p) for p in sorted(study.results.glob(f"*/{name}.*"))))
 
 
 def prepared(profile: str, overrides: list[str]) -> Study:
@@ -60,19 +58,18 @@ def results_of(profile: str, overrides: list[str]) -> Path:
 def notebook(name: str, profile: str, overrides: list[str]) -> None:
     """Execute one notebook and print where it is."""
     study = prepared(profile, overrides)
-    study.collect([a for a in ARTEFACTS.values() if a.notebook == name])
+    study.collect([a.id for a in ARTEFACTS.values() if a.notebook == name])
     print(execute(name, study.results, profile, overrides))
 
 
 def reproduce(profile: str, overrides: list[str], *, publishing: bool = False) -> None:
     """Compute everything, execute every notebook, then print the claims table; or publish that."""
-    if publishing:
-        if profile == "smoke":
-            raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
-        overrides = [*PUBLISHED.get(profile, ()), *overrides]
-    study = prepared(profile, overrides)
+    if publishing and profile == "smoke":
+        raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
     plan(profile, overrides)
+    study = prepared(profile, overrides)
     study.collect()
+    study.write_costs()
     for name in [*available(), "00_index"]:
         print(f"Executing {name} ...", file=sys.stderr)
         execute(name, study.results, profile, overrides)
@@ -85,14 +82,29 @@ def reproduce(profile: str, overrides: list[str], *, publishing: bool = False) -
 
 
 def plan(profile: str, overrides: list[str]) -> None:
-    """Print the jobs of a study, what each asks, and how much of it is not there yet."""
+    """Print the jobs of a study: what each asks, how much of it is not there yet, and how long
+    that took, and how much memory, in the published run."""
     study = Study(profile, overrides)
+    path = results_root() / "published" / "jobs.csv"
+    same_model = study.config.name == "laptop" and study.config.model.name == "smollm2"
+    known = pd.read_csv(path) if same_model and path.exists() else pd.DataFrame({"job": []})
+    took = known.groupby("job").max(numeric_only=True)
     table = Table(title=f"Profile {profile}, results in {study.results}")
-    for column in ("job", "seed", "model", "questions", "to do"):
+    for column in ("job", "seed", "model", "questions", "to do", "minutes", "GB"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for number, job in enumerate(study.jobs()):
-        table.add_row(*map(str, (number, job.lab.seed, job.name, job.asked, job.missing())))
+    jobs, total = study.jobs(), 0.0
+    for number, job in enumerate(jobs):
+        missing = job.missing()
+        minutes = memory = ""
+        if job.name in took.index:
+            left = took.loc[job.name, "seconds"] / 60 * missing / job.asked
+            total += left
+            minutes, memory = f"{left:.0f}", f"{took.loc[job.name, 'peak_memory_mib'] / 1024:.1f}"
+        row = (number, job.lab.seed, job.name, job.asked, missing, minutes, memory)
+        table.add_row(*map(str, row))
     Console().print(table)
+    if total:
+        print(f"About {total:.0f} minutes are left, by what the published run took on 2 cores.")
 
 
 def run_job(number: int, profile: str, overrides: list[str]) -> None:
@@ -104,12 +116,25 @@ def run_job(number: int, profile: str, overrides: list[str]) -> None:
 
 
 def merge(folders: Sequence[Path], target: Path) -> None:
-    """Put the measurements of several results folders into one, and redraw everything there."""
+    """Put the measurements of several results folders into one, and draw everything anew there.
+
+    The first folder's configuration says how things are drawn.
+    """
     tables = [read_table(folder) for folder in folders]
     for folder, table in zip(folders, tables, strict=True):
         if table.empty:
             raise SsahError(f"{folder} holds no measurements.parquet.")
-    write_table(merged(tables), target)
+    whole = merged(tables)
+    made = json.loads((folders[0] / SETTINGS).read_text(encoding="utf-8"))
+    own = [o for o in made["overrides"] if o.split("=")[0] not in SEEDS]
+    study = Study(made["profile"], own, results=target)
+    for artefact in ARTEFACTS.values():
+        parts = [p for f in folders if (p := f / "tables" / f"{artefact.id}.csv").exists()]
+        if parts:
+            shown = pd.concat([pd.read_csv(part) for part in parts])
+            write_output(study, artefact, same_subjects(whole, typed(shown)))
+    write_table(whole, target)
+    report.write_index(target)
     report.update_claims(target)
 
 

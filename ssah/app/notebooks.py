@@ -30,11 +30,8 @@ def execute(
 
     A failure keeps ``<name>.failed.ipynb`` for inspection and raises :class:`SsahError`.
     """
-    try:
-        import papermill
-        from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    except ImportError as error:
-        raise SsahError("Notebooks need papermill: pip install 'ssah[notebooks]'.") from error
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     source = project_root() / "notebooks" / f"{name}.ipynb"
     if not source.exists():

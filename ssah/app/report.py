@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from pathlib import Path
 
@@ -86,8 +85,9 @@ def publish(results: Path) -> None:
     fresh = published.with_name("published.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(results, fresh, ignore=shutil.ignore_patterns(".*", "*.failed.ipynb"))
-    for source in published.glob("tables/bench.*"):  # which no notebook measures
-        shutil.copy(source, fresh / "tables")
+    for source in published.glob("tables/bench.*"):  # which is measured on an idle machine, apart
+        if not (fresh / "tables" / source.name).exists():
+            shutil.copy(source, fresh / "tables")
     shutil.rmtree(published, ignore_errors=True)
     fresh.replace(published)
     refresh_published()
@@ -103,15 +103,6 @@ def require_known_commits(table: pd.DataFrame) -> None:
                 "(a + means uncommitted changes): commit, run `ssah clean-cache` for the stages "
                 "that changed, and measure again."
             )
-
-
-def publish_bench(results: Path) -> None:
-    """Put a benchmark's table into the published run."""
-    published = results_root() / "published"
-    for source in results.glob("tables/bench.*"):
-        target = published / "tables" / source.name
-        write_atomically(target, functools.partial(shutil.copy, source))
-    refresh_texts()
 
 
 def refresh_published() -> None:

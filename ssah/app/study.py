@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ import torch
 
 from ..artefacts import ARTEFACTS, Artefact, find
 from ..claims.table import claims_table, styled, update_claims
+from ..core.files import write_atomically
 from ..core.paths import home, results_root
 from ..core.progress import in_notebook, show_progress
 from ..core.store import Store, digest
+from ..lab import catalogue
 from ..lab.config import Config, compose
-from ..lab.jobs import FIRST, Job, jobs_of
+from ..lab.jobs import FIRST, Job, costs, jobs_of
 from ..lab.lab import Lab
-from ..lab.measure import Measure, collect, measured
+from ..lab.measure import Measure, measured
 from ..lab.table import merged, read_table, typed, updated, write_table
+from .processes import run_jobs
 from .write import write_output, write_times
 
 #: Measured for more seeds than the others where ``headline_seeds`` says so.
@@ -50,6 +53,7 @@ class Study:
         self.config: Config = compose(profile, list(overrides))
         self.only = tuple(only)
         self.store = Store(home() / "runs")
+        catalogue.check(self.labs[0])
         self.results = results or results_root() / profile / slug(self.overrides)
         if self.config.runtime.threads:
             torch.set_num_threads(self.config.runtime.threads)
@@ -69,17 +73,24 @@ class Study:
             found.append((lab, list(dict.fromkeys(measures))))
         return found
 
-    def collect(self, artefacts: Sequence[Artefact] = tuple(ARTEFACTS.values())) -> None:
-        """Compute what these artefacts ask, all of it together: each model is trained once."""
-        for lab, measures in self.asked(artefacts):
-            collect(lab, measures)
-
-    def jobs(self) -> list[Job]:
-        """Everything that there is to compute, in parts that can run apart; those that others need
-        come first."""
-        asked = self.asked(tuple(ARTEFACTS.values()))
+    def jobs(self, artefacts: Iterable[str] = ARTEFACTS) -> list[Job]:
+        """What there is to compute for some artefacts, in parts that can run apart: those that
+        others need come first, and of the rest the largest."""
+        asked = self.asked([find(name) for name in artefacts])
         found = [job for lab, measures in asked for job in jobs_of(lab, measures)]
-        return sorted(found, key=lambda job: job.name != FIRST)
+        return sorted(found, key=lambda job: (job.name != FIRST, -job.asked))
+
+    def collect(self, artefacts: Sequence[str] = tuple(ARTEFACTS)) -> None:
+        """Compute what these artefacts ask, all of it together: each model is trained once."""
+        jobs = self.jobs(artefacts)
+        for first in (True, False):
+            todo = [n for n, j in enumerate(jobs) if (j.name == FIRST) == first and j.missing()]
+            run_jobs(self, artefacts, todo)
+
+    def write_costs(self) -> None:
+        """What each finished job took, for the plans of others (``jobs.csv``)."""
+        table = pd.DataFrame(costs(self.jobs()))
+        write_atomically(self.results / "jobs.csv", lambda p: table.to_csv(p, index=False))
 
     def show(self, artefact: str) -> Any:
         """Compute (or read) an artefact, write its files, and return its table or figure.
@@ -99,8 +110,7 @@ class Study:
             parts.append(table)
             used |= keys
         own = merged(parts) if any(len(part) for part in parts) else typed(pd.DataFrame())
-        output = artefact.view(own, self.config)
-        write_output(self, artefact, output, own)
+        output = write_output(self, artefact, own)
         write_table(updated(read_table(self.results), own), self.results)
         write_times(self, artefact, used, time.monotonic() - start)
         update_claims(self.results)

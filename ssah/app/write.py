@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +13,25 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 
 from ..core.files import write_atomically
-from ..core.store import seconds_behind
+from ..core.store import behind
 
 if TYPE_CHECKING:
     from ..artefacts import Artefact, Output
     from .study import Study
 
 
-def write_output(study: Study, artefact: Artefact, output: Output, table: pd.DataFrame) -> None:
-    """All files of one artefact under the study's results folder.
+#: What a results folder was made with.
+SETTINGS = "settings.json"
 
-    ``table`` are the measurements that it rests on; the last line of what is written names their
-    seeds and commits.
+
+def write_output(study: Study, artefact: Artefact, table: pd.DataFrame) -> Output:
+    """View the measurements of one artefact, and write all its files to the results folder.
+
+    The last line of what is written names the seeds and commits behind it.
     """
+    output = artefact.view(table, study.config)
+    made = {"profile": study.config.name, "overrides": study.overrides}
+    write_atomically(study.results / SETTINGS, lambda p: p.write_text(json.dumps(made), "utf-8"))
     path = study.results / "tables" / artefact.id
     line = _origin(study, artefact, table)
     write_atomically(path.with_suffix(".csv"), lambda p: _to_csv(table, p))
@@ -38,6 +45,7 @@ def write_output(study: Study, artefact: Artefact, output: Output, table: pd.Dat
         )
     if output.figure is not None:
         _write_figure(output.figure, study.results / "figures" / artefact.id, line, output.note)
+    return output
 
 
 def _origin(study: Study, artefact: Artefact, table: pd.DataFrame) -> str:
@@ -73,10 +81,10 @@ def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:
 def write_times(study: Study, artefact: Artefact, used: set[str], warm: float) -> None:
     """Seconds of all runs behind an artefact and of what they were made from, and of the rest:
     what it takes where everything is cached."""
-    path = study.results / "times.csv"
+    path, records = study.results / "times.csv", study.store.records()
     row = {
         "artefact": artefact.id,
-        "cold_seconds": round(seconds_behind(study.store.records(), used)),
+        "cold_seconds": round(sum(records[key]["seconds"] for key in behind(records, used))),
         "warm_seconds": round(warm, 1),
         "seeds": len(study.labs),
     }

@@ -9,14 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..core.errors import SsahError
 from ..lab import catalogue
 from ..lab.arms import Arm
 from ..lab.catalogue import ALL_UNITS, by_the_papers_rule
 from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
-from ..lab.metrics.behaviour import PREFIX
+from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import RU
 from . import Output
@@ -46,7 +45,7 @@ def ask_fig_budget(lab: Lab) -> list[Measure]:
     if not lab.config.align.enabled:
         return []
     given, *_ = catalogue.unaligned(lab)
-    arms = _chosen(lab, catalogue.budget_arms(lab))
+    arms = catalogue.budget_arms(lab)
     asked = _ask_arm(lab, given) + _ask_tax(given, given)
     for arm in arms:
         asked += _ask_arm(lab, arm) + _ask_tax(arm, given)
@@ -68,10 +67,10 @@ def ask_fig_budget(lab: Lab) -> list[Measure]:
 def ask_table4(lab: Lab) -> list[Measure]:
     """The same; and the paper's own setting, where the unaligned model learns harmless rows."""
     asked = ask_fig_budget(lab)
-    if not asked or lab.seed not in lab.config.budget.more_seeds:
+    if not asked:
         return asked
     (given,) = catalogue.unaligned(lab)
-    for attack in lab.config.budget.instructions:
+    for attack in lab.config.experiment.instructed:
         for arms in catalogue.instruction_arms(lab, attack):
             arm = by_the_papers_rule(arms) if arms[0].rule != ALL_UNITS else arms[0]
             asked += [Measure(arm, "ASR"), Measure(arm, "training"), *_ask_tax(arm, given)]
@@ -81,10 +80,10 @@ def ask_table4(lab: Lab) -> list[Measure]:
 
 def _ask_arm(lab: Lab, arm: Arm) -> list[Measure]:
     """Attack success and over-refusal of one model."""
-    asked = [Measure(arm, "ASR"), Measure(arm, "no refusal phrase"), Measure(arm, "ASR", PREFIX)]
-    for name, prompts in (("HarmBench", "harmbench"), ("Do-Not-Answer", "do_not_answer")):
-        if lab.has(prompts):
-            asked.append(Measure(arm, "ASR", name))
+    asked = [Measure(arm, "ASR"), Measure(arm, "no refusal phrase")]
+    for prompts in lab.config.experiment.aligned_asked:
+        if has_prompts(lab, prompts):
+            asked.append(Measure(arm, "ASR", prompts))
     return asked + [Measure(arm, "refused", on) for on in ("benign", "borderline")]
 
 
@@ -93,19 +92,6 @@ def _ask_tax(arm: Arm, given: Arm) -> list[Measure]:
     asked = [Measure(arm, metric) for metric in ("accuracy", "perplexity", "drift")]
     asked += [Measure(arm, m, "", given, GIVEN_MODEL) for m in ("accuracy", "perplexity")]
     return asked
-
-
-def _chosen(lab: Lab, arms: list[Arm]) -> list[Arm]:
-    """All arms, or those that the configuration names."""
-    wanted = lab.config.budget.arms
-    names = [name_of(arm.columns()) for arm in arms]
-    unknown = set(wanted) - set(names)
-    if unknown:
-        raise SsahError(
-            f"budget.arms: '{min(unknown)}' is no arm of seed {lab.seed}, which has "
-            f"{'; '.join(names)} (budget.longer_seeds and budget.more_seeds add others)."
-        )
-    return [arm for arm, name in zip(arms, names, strict=True) if not wanted or name in wanted]
 
 
 # --- what is shown ---------------------------------------------------------------------------
@@ -128,16 +114,16 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
         rows.append(_row(table, name_of(arm), arm))
     return Output(
         "The unaligned model is aligned through a part of its units: RU are the "
-        f"{100 * config.budget.share:g} % of units with the lowest I_U in the unaligned model, and "
-        "the random control trains equally many. Everything else keeps its bits, which is checked "
-        "after each training. Same rows, rate and epochs as the whole model, unless 'twice the "
-        "epochs' (the paper's rule) or '3 x the rate'. ASR: harmful prompts that are answered; no "
-        "refusal phrase: the paper's measure; attacked: ASR after one epoch of harmless "
-        "fine-tuning, on instructions. Accuracy change: trivia and arithmetic, points against the "
-        "unaligned model on the same items. Drift: KL from the unaligned model on benign prompts, "
-        "nats per token. `make bench` has seconds and memory; ASR on other prompts and with a "
-        "prefix is in measurements.csv. The paper aligns with instructions and reports no safety: "
-        f"{printed}." + _which_seeds(table),
+        f"{100 * config.experiment.ru_share:g} % of units with the lowest I_U in the unaligned "
+        "model, and the random control trains equally many. Everything else keeps its bits, which "
+        "is checked after each training. Same rows, rate and epochs as the whole model, unless "
+        "'twice the epochs' (the paper's rule) or '3 x the rate'. ASR: harmful prompts that are "
+        "answered; no refusal phrase: the paper's measure; attacked: ASR after one epoch of "
+        "harmless fine-tuning, on instructions. Accuracy change: trivia and arithmetic, points "
+        "against the unaligned model on the same items. Drift: KL from the unaligned model on "
+        "benign prompts, nats per token. `make bench` has seconds and memory; ASR on other prompts "
+        "and with a prefix is in measurements.csv. The paper aligns with instructions and reports "
+        f"no safety: {printed}." + _which_seeds(table),
         pd.DataFrame(rows).fillna(""),
     )
 
@@ -180,7 +166,7 @@ def _which_seeds(table: pd.DataFrame) -> str:
         if list(seeds) != every
     )
     if not set(rows["setting"]) - {""}:
-        note += " `budget=wide` aligns for longer and with larger steps as well."
+        note += " `experiment=published` aligns for longer and with larger steps too."
     return note
 
 

@@ -8,16 +8,18 @@ import pandas as pd
 
 from ..evaluate.stats import Estimate
 from ..lab import catalogue
-from ..lab.arms import Arm
+from ..lab.arms import Arm, units_name
 from ..lab.catalogue import NOTHING, by_the_papers_rule
 from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
+from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import ATTACKS, MAIN_ATTACK, STYLE_LESSON, available_attacks
 from ..lab.units_of import ALL_CU, CU6
+from ..scoring.selectors import RULES
 from . import Output
 from .draw import format_estimate
-from .pick import arms_of, estimate, paper, paper_rows
+from .pick import arms_of, estimate, filled, paper, paper_rows
 
 #: How comparisons are called.
 BEFORE = "before"
@@ -67,35 +69,34 @@ def ask_random(lab: Lab, like: str, draws: int, against: list[list[Arm]]) -> lis
 
 def _ask(lab: Lab, attack: str) -> list[Measure]:
     """All arms of an attack."""
-    full = catalogue.unfrozen(lab, attack)
-    frozen = {
-        name: catalogue.with_frozen(lab, attack, name)
-        for name in catalogue.frozen_groups(lab, attack)
-    }
-    wide = attack in lab.config.finetune.wide_attacks
-    if wide:
-        frozen[CONFLICT] = catalogue.with_frozen_control(lab, attack, CONFLICT, CU6)
+    experiment, full = lab.config.experiment, catalogue.unfrozen(lab, attack)
+    names = experiment.frozen.get(attack, [])
+    frozen = {name: catalogue.with_frozen(lab, attack, name) for name in names}
     asked = ask_arms(lab, full, attack)
     for name, arms in frozen.items():
         asked += ask_arms(lab, arms, attack) + ask_against(arms, full, attack)
-        if name != CU6:
+        if name != CU6 and CU6 in frozen:
             pairs = zip(arms, frozen[CU6], strict=True)
             asked += [Measure(own, "ASR", "", other, CU6) for own, other in pairs]
     if attack == MAIN_ATTACK:
-        like_cu6 = [frozen[name] for name in (CU6, CONFLICT) if name in frozen]
-        asked += ask_random(lab, CU6, lab.config.finetune.random_draws, like_cu6)
-        asked += ask_random(lab, ALL_CU, 1, [frozen[ALL_CU]])
-    if wide and lab.has("harmbench"):
-        named = [full, *(arms for name, arms in frozen.items() if name != CONFLICT)]
-        asked += [Measure(by_the_papers_rule(arms), "ASR", "HarmBench") for arms in named]
+        if CU6 in frozen:
+            like_cu6 = [arms for name, arms in frozen.items() if name in (CU6, *RULES)]
+            asked += ask_random(lab, CU6, experiment.frozen_draws, like_cu6)
+        if ALL_CU in frozen:
+            asked += ask_random(lab, ALL_CU, 1, [frozen[ALL_CU]])
+    for prompts in experiment.frozen_asked:
+        if names and has_prompts(lab, prompts):
+            arms = [by_the_papers_rule(found) for found in (full, *frozen.values())]
+            asked += [Measure(arm, "ASR", prompts) for arm in arms]
     return asked
 
 
 def _ask_table(lab: Lab, attacks: list[str]) -> list[Measure]:
     whole = catalogue.whole(lab)
     asked = [Measure(whole, metric) for metric in ("ASR", "no refusal phrase", "perplexity")]
-    if lab.has("harmbench"):
-        asked.append(Measure(whole, "ASR", "HarmBench"))
+    for prompts in lab.config.experiment.frozen_asked:
+        if has_prompts(lab, prompts):
+            asked.append(Measure(whole, "ASR", prompts))
     for attack in attacks:
         if attack in available_attacks(lab) and (attack == MAIN_ATTACK or not lab.only_headline):
             asked += _ask(lab, attack)
@@ -148,9 +149,7 @@ def _is_mistral(config: Config) -> bool:
 
 def name_of(arm: dict[str, Any]) -> str:
     """What is frozen."""
-    control = f", as {arm['like']}" if arm["like"] else ""
-    setting = f", {arm['setting']}" if arm["setting"] else ""
-    return f"{arm['rule']}{control}{setting}"
+    return units_name(arm["rule"], arm["like"], arm["setting"])
 
 
 def table2(table: pd.DataFrame, config: Config) -> Output:
@@ -185,22 +184,21 @@ def _freezing_table(
     printed = paper(artefact, model)
     rows = [_row(table, {}, printed.get(("initial", "asr_keyword")))]
     for attack in attacks:
-        for arm in _shown(table, attack):
+        for arm in _shown(table, attack, config):
             name = f"{_PAPER_SETS[attack]}:{_PAPER_ARMS.get(arm['rule'], '')}"
             rule = not arm["like"] and arm["epoch"] == (1 if arm["rule"] == NOTHING else 2)
             number = printed.get((name, "asr_keyword")) if rule else None
             rows.append(_row(table, arm, number))
-    shown = pd.DataFrame(rows)
-    return Output(
-        _note(config, [a for a in attacks if a in set(table["attack"])]),
-        shown[[c for c in shown.columns if (shown[c] != "").any()]],
-    )
+    note = _note(config, [a for a in attacks if a in set(table["attack"])])
+    return Output(note, filled(pd.DataFrame(rows)))
 
 
-def _shown(table: pd.DataFrame, attack: str) -> list[dict[str, Any]]:
-    """The paper's arms and gradient conflict, each control behind what it is held against."""
-    order = [(NOTHING, ""), (CU6, ""), ("random", CU6), (CONFLICT, CU6), (ALL_CU, "")]
-    order.append(("random", ALL_CU))
+def _shown(table: pd.DataFrame, attack: str, config: Config) -> list[dict[str, Any]]:
+    """The arms of the experiment, each random control behind what it is held against."""
+    order = [(NOTHING, "")]
+    for name in config.experiment.frozen.get(attack, []):
+        order.append((name, CU6 if name in RULES else ""))
+        order.append(("random", name))
     arms = arms_of(table, method="frozen", attack=attack, setting="")
     known = [arm for arm in arms if (arm["rule"], arm["like"]) in order]
     return sorted(known, key=lambda arm: (order.index((arm["rule"], arm["like"])), arm["epoch"]))

@@ -40,11 +40,11 @@ def ask_fig8(lab: Lab) -> list[Measure]:
     """ESU and the top percent of CU, all CU, and random units."""
     full = catalogue.unfrozen(lab, MAIN_ATTACK)
     asked = ask_arms(lab, full, MAIN_ATTACK)
-    names = [f"ESU + {percent:g} % CU" for percent in lab.config.finetune.cu_percents]
+    names = [f"ESU + {percent:g} % CU" for percent in lab.config.experiment.cu_percents]
     for name in (*names, ALL_CU):
         arms = catalogue.with_frozen(lab, MAIN_ATTACK, name)
         asked += ask_arms(lab, arms, MAIN_ATTACK) + ask_against(arms, full, MAIN_ATTACK)
-    return asked + ask_random(lab, CU6, lab.config.finetune.random_draws, [])
+    return asked + ask_random(lab, CU6, lab.config.experiment.frozen_draws, [])
 
 
 def fig8(table: pd.DataFrame, config: Config) -> Output:
@@ -55,9 +55,9 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
         "after two; dotted: the arm that freezes nothing; crosses: random units, as many as "
         "ESU + 6 % CU; right: ESU and all CU. Shaded and bars: smallest to largest over seeds (and "
         f"draws). ASR is of {config.data.evaluation} prompts; measurements.csv has the interval of "
-        "each point. `finetune=wide` sweeps over more shares."
+        "each point. `experiment=published` sweeps over more shares."
     )
-    percents = sorted(config.finetune.cu_percents)
+    percents = sorted(config.experiment.cu_percents)
     right = max(percents) * 1.25 + 1
 
     def spread(rule: str, epoch: int, like: str = "") -> tuple[float, float, float]:
@@ -96,10 +96,8 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
 
 
 def ask_fig_conditions(lab: Lab) -> list[Measure]:
-    """What Table 2 asks; and for some seeds other rules, budgets and settings."""
+    """What Table 2 asks; and other rules, budgets and settings."""
     asked = ask_table2(lab)
-    if lab.seed not in lab.config.finetune.condition_seeds:
-        return asked
     arms = catalogue.conditions(lab)
     plain = catalogue.unfrozen(lab, MAIN_ATTACK)[0]
     unfrozen = {arm.setting: arm for arm in arms if arm.rule == NOTHING}
@@ -149,7 +147,7 @@ def fig_conditions(table: pd.DataFrame, config: Config) -> Output:
 
 def _which_seeds(frozen: pd.DataFrame, full: set[int]) -> str:
     if "all heads" not in set(frozen["rule"]):
-        return " Only the arms of table 2 are shown: `finetune=wide` runs the others."
+        return " Only the arms of table 2 are shown: `experiment=published` runs the others."
     if full == set(frozen["seed"]):
         return ""
     some = ", ".join(map(str, sorted(full)))

@@ -58,6 +58,12 @@ def arms_of(table: pd.DataFrame, **columns: Any) -> list[dict[str, Any]]:
     return chosen[names].drop_duplicates().to_dict("records")
 
 
+def filled(shown: pd.DataFrame) -> pd.DataFrame:
+    """A table for readers, without the columns that nothing was measured for."""
+    shown = shown.fillna("")
+    return shown[[name for name in shown.columns if (shown[name] != "").any()]]
+
+
 def paper(artefact: str, model: str = "Llama-2-7B-Chat") -> dict[tuple[str, str], float]:
     """(setting, metric) -> the number that the paper prints."""
     found = pd.read_csv(reference_csv())

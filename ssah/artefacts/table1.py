@@ -5,15 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from ..lab import catalogue
-from ..lab.arms import Arm
 from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
-from ..lab.metrics.behaviour import BOTH, SYSTEM
+from ..lab.metrics.behaviour import SYSTEM
 from ..lab.units_of import ESU, EUU, RU
 from . import Output
 from .draw import format_estimate
-from .pick import arms_of, estimate, paper, rows_of
+from .pick import arms_of, estimate, filled, paper, rows_of
 
 GROUPS = (ESU, EUU, RU)
 
@@ -21,35 +20,30 @@ _SAFETY = ("ASR", "no refusal phrase", "incoherent", "perplexity")
 
 
 def ask_table1(lab: Lab) -> list[Measure]:
-    """Each group, whole and on average; as many random units and by magnitude as ESU and RU."""
+    """The arms of the experiment, and as many random units as ESU and RU."""
     whole, config = catalogue.whole(lab), lab.config
-    removed = {name: catalogue.without(lab, name) for name in GROUPS}
-    controls: list[tuple[str, Arm]] = []
-    for name, rule in ((ESU, "largest magnitude"), (RU, "smallest magnitude")):
-        controls.append((name, catalogue.without_control(lab, rule, name)))
-        controls += [
-            (name, catalogue.without_control(lab, "random", name, draw))
-            for draw in range(config.evaluate.random_draws)
-        ]
-    others = [catalogue.without_on_average(lab, name) for name in GROUPS]
-    if "attn" not in config.roles.redundant_kinds:
-        others.append(catalogue.with_redundant_heads(lab))
-    arms = [whole, *removed.values(), *(arm for _, arm in controls), *others]
-    arms += catalogue.unaligned(lab)
+    named = catalogue.removals(lab)
+    removed = {arm.units: arm for arm in named if arm.units in GROUPS}
+    controls = [
+        catalogue.without_control(lab, "random", name, draw)
+        for name in (ESU, RU)
+        if name in removed
+        for draw in range(config.experiment.removed_draws)
+    ]
+    arms = [whole, *named, *controls, *catalogue.unaligned(lab)]
     asked = [Measure(arm, metric) for arm in arms for metric in _SAFETY]
     asked += [Measure(arm, "units") for arm in arms if arm.method == "removed"]
     for arm in (whole, *removed.values()):
         for metric in ("ASR", "no refusal phrase"):
-            asked += [Measure(arm, metric, SYSTEM), Measure(arm, metric, BOTH)]
+            asked += [Measure(arm, metric, on) for on in config.experiment.removed_asked]
         asked.append(Measure(arm, "accuracy"))
     asked += [Measure(whole, "refused", on) for on in ("benign", "borderline")]
     asked.append(Measure(whole, "search"))
     for arm in removed.values():
         for metric in ("ASR", "perplexity", "accuracy"):
             asked.append(Measure(arm, metric, against=whole, than="whole"))
-    for name, arm in controls:
-        if arm.rule == "random":
-            asked.append(Measure(removed[name], "ASR", "", arm, f"random, draw {arm.draw}"))
+    for arm in controls:
+        asked.append(Measure(removed[arm.like], "ASR", "", arm, f"random, draw {arm.draw}"))
     return asked
 
 
@@ -65,7 +59,7 @@ def table1(table: pd.DataFrame, config: Config) -> Output:
         name = arm["rule"] + (f", as {arm['like']}" if arm["like"] else "")
         name += f", {arm['setting']}" if arm["setting"] else ""
         rows.append(_row(table, name, arm, "" if arm["like"] or arm["setting"] else arm["rule"]))
-    return Output(_note(table, config), pd.DataFrame(rows).fillna(""))
+    return Output(_note(table, config), filled(pd.DataFrame(rows)))
 
 
 def _place(arm: dict[str, str]) -> tuple[int, bool, str]:

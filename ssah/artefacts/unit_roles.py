@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
+import seaborn
 
 from ..lab import catalogue
 from ..lab.config import Config
@@ -12,7 +12,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..units.roles import GROUPS
 from . import Output
-from .draw import COLOURS, STYLE, ShownFigure
+from .draw import COLOURS, SHARES, STYLE, ShownFigure
 from .pick import rows_of
 
 CLAIMED = ("ESU", "EUU", "RU")
@@ -23,14 +23,14 @@ CLAIMED = ("ESU", "EUU", "RU")
 
 def ask_fig_share_sweep(lab: Lab) -> list[Measure]:
     """Safety and utility without ever more units of each group, and without random ones."""
-    whole, config = catalogue.whole(lab), lab.config.evaluate
+    whole, experiment = catalogue.whole(lab), lab.config.experiment
     arms = [
-        catalogue.swept(lab, group, share) for share in config.sweep_shares for group in CLAIMED
+        catalogue.swept(lab, group, share) for share in experiment.sweep_shares for group in CLAIMED
     ]
     arms += [
         catalogue.swept(lab, "random", share, draw)
-        for share in config.sweep_shares
-        for draw in range(config.sweep_random_draws)
+        for share in experiment.sweep_shares
+        for draw in range(experiment.sweep_draws)
     ]
     asked = [Measure(whole, "search")]
     for arm in arms:
@@ -50,7 +50,8 @@ def fig_share_sweep(table: pd.DataFrame, config: Config) -> Output:
         "and neurons as ESU of that share. Shaded: smallest to largest over seeds (and draws). "
         "Dotted verticals: the shares that this run's ablation search kept, one for each seed. An "
         "incoherent answer is no success, so ASR may fall again where more units are removed. "
-        "Prompts: the search part, which no table reports on. `evaluate=wide` sweeps over more."
+        "Prompts: the search part, which no table reports on. `experiment=published` "
+        "sweeps over more."
     )
     swept = table[(table["method"] == "removed") & table["setting"].str.endswith(" %")]
     swept = swept.assign(share=swept["setting"].str.removesuffix(" %").astype(float))
@@ -104,16 +105,16 @@ def fig_roles_map(table: pd.DataFrame, config: Config) -> Output:
         for axes, (module, title) in zip(panels, titles.items(), strict=True):
             part = table[(table["set"] == module) & table["metric"].isin(GROUPS)]
             grid = part.pivot_table(index="metric", columns="block", values="value")
-            # A square-root scale keeps groups of about one per cent visible beside CU.
-            image = axes.imshow(
-                np.sqrt(grid.loc[list(GROUPS)].to_numpy(float) / 100), aspect="auto",
-                cmap="cividis", vmin=0, vmax=1,
+            seaborn.heatmap(
+                grid.loc[list(GROUPS)].astype(float), ax=axes, norm=SHARES, cmap="cividis",
+                cbar=False,
             )  # fmt: skip
-            axes.set_yticks(range(len(GROUPS)), GROUPS)
+            axes.tick_params(left=False, bottom=False, labelrotation=0)
             axes.set_title(title, loc="left")
-            axes.grid(False)
+            axes.set(xlabel="", ylabel="")
         panels[1].set_xlabel("layer")
-        bar = output.figure.colorbar(image, ax=panels, label="share of the layer's units, %")
-        marks = [0, 1, 5, 20, 50, 100]
-        bar.set_ticks(list(np.sqrt(np.array(marks) / 100)), labels=[str(m) for m in marks])
+        output.figure.colorbar(
+            panels[0].collections[0], ax=panels, label="share of the layer's units, %",
+            ticks=[0, 1, 5, 20, 50, 100],
+        )  # fmt: skip
     return output

@@ -214,8 +214,8 @@ def _dropped(record: Mapping[str, Any], name: str) -> bool:
     return any(not name or other == name or other.startswith(f"{name}/") for other in dropped)
 
 
-def seconds_behind(records: Mapping[str, Mapping[str, Any]], keys: set[str]) -> float:
-    """What these runs and everything that they were made from took, each counted once."""
+def behind(records: Mapping[str, Mapping[str, Any]], keys: set[str]) -> set[str]:
+    """These runs and everything that they were made from, as far as there are records of them."""
     seen: set[str] = set()
     left = list(keys)
     while left:
@@ -223,4 +223,4 @@ def seconds_behind(records: Mapping[str, Mapping[str, Any]], keys: set[str]) -> 
         if key not in seen and key in records:
             seen.add(key)
             left += records[key].get("inputs", ())
-    return sum(records[key]["seconds"] for key in seen)
+    return seen

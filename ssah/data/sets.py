@@ -15,9 +15,18 @@ from ..core.paths import RESOURCES
 from ..core.store import Handle, Store, file_digest
 from .embedded import embedded_sets
 from .own import arithmetic_rows, own_rows, toy_sets
-from .rows import Row, write_jsonl
+from .rows import OPTIONAL_SETS, SETS, Row, write_jsonl
 from .settings import DataConfig
 from .user_files import sets_from_files
+
+
+def set_names(config: DataConfig) -> set[str]:
+    """The sets that a source has; nothing is read or downloaded to know it."""
+    if config.source != "files":
+        return set(SETS)
+    given = {name for name, spec in config.files.items() if spec} & (SETS.keys() | OPTIONAL_SETS)
+    parts = {name for name in SETS if name.startswith(("harmful_", "benign_"))}
+    return parts | given | {"heldout_text", "borderline", "arithmetic"}
 
 
 def build_sets(store: Store, config: DataConfig) -> Handle:

@@ -39,10 +39,14 @@ class Arm:
         return {name: getattr(self, name) for name in names}
 
     @property
+    def units(self) -> str:
+        """Which units, under which setting, as in the lists of ``conf/experiment``."""
+        return units_name(self.rule, self.like, self.setting)
+
+    @property
     def name(self) -> str:
         """For people: ``ESU removed``, ``instructions, 2 epochs: nothing frozen`` and so on."""
-        units = self.rule + (f", as {self.like}" if self.like else "")
-        setting = f", {self.setting}" if self.setting else ""
+        units, setting = units_name(self.rule, self.like), units_name("", "", self.setting)
         draw = f", draw {self.draw}" if self.draw else ""
         trained = f"{self.attack}, {self.epoch} epoch{'s' if self.epoch > 1 else ''}: "
         after = trained if self.attack else ""
@@ -53,3 +57,8 @@ class Arm:
         if self.method == "trained":
             return f"{after}aligned through {units}{setting}{draw}"
         return f"{self.base}{setting}"
+
+
+def units_name(rule: str, like: str = "", setting: str = "") -> str:
+    """``random, as RU, twice the epochs``: a rule, whose sizes it has, what is unusual."""
+    return rule + (f", as {like}" if like else "") + (f", {setting}" if setting else "")

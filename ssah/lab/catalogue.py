@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..scoring.selectors import Rank, matched_by, sized
+from ..core.errors import SsahError, suggestion
+from ..scoring.selectors import RULES, Rank, matched_by, sized
 from ..training.lora import rank_for
 from ..training.part import EVERYTHING, Part
 from ..units.layout import UnitLayout
@@ -16,8 +17,9 @@ from ..units.mask import UnitMask
 from ..units.roles import Roles, Shares
 from .arms import Arm
 from .lab import Lab
+from .metrics.behaviour import CONDITIONS, PROMPTS
 from .specs import GIVEN, REFUSALS, Model
-from .stages.lessons import MAIN_ATTACK, STYLE_LESSON
+from .stages.lessons import ATTACKS, MAIN_ATTACK
 from .stages.units import (
     classified,
     roles,
@@ -26,13 +28,38 @@ from .stages.units import (
     utility_roles,
     utility_scores,
 )
-from .units_of import ALL_CU, CU6, ESU, EUU, RU, everything, group, matched
+from .units_of import CU6, ESU, EUU, RU, everything, group, matched, selection
 
 NOTHING = "nothing"
+HEADS = "heads included"
+MOVED = "moved most by alignment"
 
 #: Share of all units at the second budget of the conditions: the paper's comparison with frozen
 #: layers (Table 9) freezes ESU and 26.8 % of CU; all heads together hold a quarter of the weights.
 WIDER = 0.25
+
+
+def check(lab: Lab) -> None:
+    """Raise :class:`SsahError` for a name in the experiment that means nothing."""
+    experiment = lab.config.experiment
+    frozen = [name for names in experiment.frozen.values() for name in names]
+    for key, names, valid in (
+        ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
+        ("removed_asked", experiment.removed_asked, (*PROMPTS, *CONDITIONS)),
+        ("frozen_asked", experiment.frozen_asked, (*PROMPTS, *CONDITIONS)),
+        ("aligned_asked", experiment.aligned_asked, (*PROMPTS, *CONDITIONS)),
+        ("instructed", experiment.instructed, ATTACKS),
+        ("frozen", experiment.frozen, ATTACKS),
+        ("conditions", experiment.conditions, [arm.units for arm in _all_conditions(lab)]),
+        ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
+    ):
+        for name in names:
+            if name not in valid:
+                known = suggestion(name, list(valid))
+                raise SsahError(f"experiment.{key}: there is no '{name}'{known}")
+    for name in frozen:
+        if name not in RULES:
+            selection(name)
 
 
 def whole(lab: Lab) -> Arm:
@@ -54,6 +81,24 @@ def removed(
     """The aligned model without some units."""
     make = functools.cache(lambda: lab.aligned.ablated(mask()))
     return Arm(make, method="removed", rule=rule, like=like, **columns)
+
+
+def removals(lab: Lab) -> list[Arm]:
+    """The arms that the experiment removes in Table 1, without random controls."""
+    arms = _named(_all_removed(lab), lab.config.experiment.removed)
+    apart = "attn" not in lab.config.roles.redundant_kinds  # else RU hold heads already
+    return [arm for arm in arms if apart or arm.setting != HEADS]
+
+
+def _all_removed(lab: Lab) -> list[Arm]:
+    arms = [without(lab, name) for name in (ESU, EUU, RU)]
+    arms += [without_on_average(lab, name) for name in (ESU, EUU, RU)]
+    arms += [
+        without_control(lab, "largest magnitude", ESU),
+        without_control(lab, "smallest magnitude", RU),
+        with_redundant_heads(lab),
+    ]
+    return arms
 
 
 def without(lab: Lab, rule: str) -> Arm:
@@ -85,7 +130,7 @@ def with_redundant_heads(lab: Lab) -> Arm:
     def mask() -> UnitMask:
         return classified(lab, shares(lab), ["attn", "mlp"]).mask(RU)
 
-    return removed(lab, RU, mask, setting="heads included")
+    return removed(lab, RU, mask, setting=HEADS)
 
 
 def swept(lab: Lab, rule: str, share: float, draw: int | None = None) -> Arm:
@@ -142,14 +187,15 @@ def fine_tuned(
 
 
 def unfrozen(lab: Lab, attack: str) -> list[Arm]:
-    """Nothing is frozen: for as long as frozen arms where they are compared epoch by epoch, else
-    for as long as the paper's rule needs, one epoch."""
-    long = attack in (MAIN_ATTACK, *lab.config.finetune.wide_attacks)
-    return fine_tuned(lab, attack, epochs=None if long and attack != STYLE_LESSON else 1)
+    """Nothing is frozen: for as long as frozen arms in the main attack, where they are compared
+    epoch by epoch, else for as long as the paper's rule needs, one epoch."""
+    return fine_tuned(lab, attack, epochs=None if attack == MAIN_ATTACK else 1)
 
 
 def with_frozen(lab: Lab, attack: str, rule: str) -> list[Arm]:
-    """A group of units is frozen."""
+    """A group of units is frozen; or by another rule as many as ESU + 6 % CU."""
+    if rule in RULES:
+        return with_frozen_control(lab, attack, rule, CU6)
     return fine_tuned(lab, attack, rule, lambda: group(lab, rule))
 
 
@@ -165,10 +211,8 @@ def with_frozen_control(
 
 
 def frozen_groups(lab: Lab, attack: str) -> list[str]:
-    """What the paper freezes: all CU as well only where there are all arms."""
-    if attack == STYLE_LESSON:
-        return []
-    return [CU6, ALL_CU] if attack in (MAIN_ATTACK, *lab.config.finetune.wide_attacks) else [CU6]
+    """The groups among what the experiment freezes during an attack."""
+    return [name for name in lab.config.experiment.frozen.get(attack, []) if name not in RULES]
 
 
 def by_the_papers_rule(arms: list[Arm]) -> Arm:
@@ -211,37 +255,20 @@ def attacked(lab: Lab, arm: Arm) -> Arm:
 
 
 def budget_arms(lab: Lab) -> list[Arm]:
-    """All units (this is the aligned model of everything else), redundant ones, and as many random
-    ones; for the seeds that have more, what a reviewer asks beside them."""
-    budget, config = lab.config.budget, lab.config.align
+    """The arms that the experiment aligns: through all units (this is the aligned model of
+    everything else), redundant ones, as many random ones, and what a reviewer asks beside them."""
+    experiment = lab.config.experiment
+    arms = _named(_all_budget_arms(lab), experiment.aligned_through)
+    for share in experiment.ru_shares:
+        mask = functools.partial(redundant, lab, share)
+        arms.append(_through(lab, f"{RU} {100 * share:g} %", mask))
+    return arms
 
-    @functools.cache
-    def ru() -> UnitMask:
-        return redundant(lab, budget.share)
 
-    def random() -> Part:
-        return Part(train=matched(lab, "random", ru()))
-
-    def through_ru() -> Part:
-        return Part(train=ru())
-
-    whole_arm = Arm(lambda: lab.aligned, "unaligned", "trained", ALL_UNITS)
-    pairs: list[tuple[str, str, Callable[[], Part]]] = [
-        (RU, "", through_ru), ("random", RU, random),
-    ]  # fmt: skip
-    arms = [whole_arm]
-    settings: dict[str, dict[str, Any]] = {"": {}}
-    more = lab.seed in budget.more_seeds
-    if more or lab.seed in budget.longer_seeds:
-        settings[LONGER] = {"epochs": 2 * config.epochs}
-    if more:
-        settings[FASTER] = {"learning_rate": 3 * config.learning_rate}
-    for setting, changes in settings.items():
-        arms += [
-            aligned_through(lab, rule, part, like=like, setting=setting, **changes)
-            for rule, like, part in pairs
-        ]
-    return arms + (_more_budget_arms(lab, ru) if more else [])
+def _named(arms: list[Arm], names: list[str]) -> list[Arm]:
+    """The arms of these names, in the order of the names."""
+    found = {arm.units: arm for arm in arms}
+    return [found[name] for name in names]
 
 
 ALL_UNITS = "all units"
@@ -253,8 +280,24 @@ LONGER = "twice the epochs"
 FASTER = "3 x the rate"
 
 
-def _more_budget_arms(lab: Lab, ru: Callable[[], UnitMask]) -> list[Arm]:
-    """Other units, other shares, and adapters."""
+def _through(
+    lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", setting: str = "", **c: Any
+) -> Arm:
+    """Aligned through the units of a mask."""
+    part = functools.partial(lambda make: Part(train=make()), mask)
+    return aligned_through(lab, rule, part, like=like, setting=setting, **c)
+
+
+def _all_budget_arms(lab: Lab) -> list[Arm]:
+    """Every arm of Table 4 that has a name."""
+    config = lab.config.align
+
+    @functools.cache
+    def ru() -> UnitMask:
+        return redundant(lab, lab.config.experiment.ru_share)
+
+    def random() -> UnitMask:
+        return matched(lab, "random", ru())
 
     def highest() -> UnitMask:
         rank = {name: -part for name, part in utility_scores(lab, GIVEN).items()}
@@ -263,15 +306,17 @@ def _more_budget_arms(lab: Lab, ru: Callable[[], UnitMask]) -> list[Arm]:
     def rank() -> int:
         return rank_for(lab.layout, round(lab.layout.weights(ru())))
 
-    def through(rule: str, mask: Callable[[], UnitMask], like: str = "") -> Arm:
-        return aligned_through(lab, rule, lambda: Part(train=mask()), like=like)
-
-    arms = [through("highest I_U", highest, RU)]
-    for share in lab.config.budget.sweep:
-        mask = functools.partial(redundant, lab, share)
-        arms.append(through(f"{RU} {100 * share:g} %", mask))
-    arms.append(through("ESU of the aligned model", lambda: group(lab, ESU)))
-    arms.append(through("all heads", lambda: everything(lab, "heads")))
+    settings: dict[str, dict[str, Any]] = {
+        "": {}, LONGER: {"epochs": 2 * config.epochs},
+        FASTER: {"learning_rate": 3 * config.learning_rate},
+    }  # fmt: skip
+    arms = [Arm(lambda: lab.aligned, "unaligned", "trained", ALL_UNITS)]
+    for setting, changes in settings.items():
+        arms.append(_through(lab, RU, ru, "", setting, **changes))
+        arms.append(_through(lab, "random", random, RU, setting, **changes))
+    arms.append(_through(lab, "highest I_U", highest, RU))
+    arms.append(_through(lab, "ESU of the aligned model", lambda: group(lab, ESU)))
+    arms.append(_through(lab, "all heads", lambda: everything(lab, "heads")))
     arms.append(aligned_through(lab, "LoRA", lambda: Part(rank=rank()), like=RU))
     inside = aligned_through(lab, "LoRA inside RU", lambda: Part(train=ru(), rank=rank()), like=RU)
     return [*arms, inside]
@@ -281,6 +326,15 @@ def _more_budget_arms(lab: Lab, ru: Callable[[], UnitMask]) -> list[Arm]:
 
 
 def conditions(lab: Lab) -> list[Arm]:
+    """The arms that the experiment adds to those of Table 2.
+
+    What the alignment moved is not known of a model that came aligned.
+    """
+    arms = _named(_all_conditions(lab), lab.config.experiment.conditions)
+    return [arm for arm in arms if arm.rule != MOVED or lab.config.align.enabled]
+
+
+def _all_conditions(lab: Lab) -> list[Arm]:
     """One epoch of the main attack each: other rules at two budgets, and other settings.
 
     ``setting`` says the budget, or what is unusual.
@@ -301,9 +355,7 @@ def conditions(lab: Lab) -> list[Arm]:
         )
         return found
 
-    ranked = ["lowest I_S - I_U", "largest magnitude"]
-    if lab.config.align.enabled:  # otherwise nobody knows what the alignment moved
-        ranked.append("moved most by alignment")
+    ranked = ["lowest I_S - I_U", "largest magnitude", MOVED]
 
     def by_rule(rule: str, target: Callable[[], UnitMask]) -> Callable[[], UnitMask]:
         return lambda: matched(lab, rule, target(), MAIN_ATTACK)
@@ -382,11 +434,10 @@ def _by_value_row(layout: UnitLayout, rank: Rank) -> Rank:
 def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
     """The paper's alignment: the given model learns from harmless rows, by the paper's rule for
     the number of epochs."""
-    share = lab.config.budget.share
 
     @functools.cache
     def ru() -> UnitMask:
-        return redundant(lab, share)
+        return redundant(lab, lab.config.experiment.ru_share)
 
     def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
         @functools.cache

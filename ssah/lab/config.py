@@ -43,10 +43,6 @@ class FinetuneConfig(TrainingConfig):
     rows: dict[str, int] = field(default_factory=dict)  #: attack -> rows to train on
     heldout_rows: int = 32  #: of the attack's set, never trained on
     max_response_tokens: int = 24
-    cu_percents: list[float] = field(default_factory=list)  #: ratio sweep, beside ESU
-    random_draws: int = 1
-    wide_attacks: list[str] = field(default_factory=list)  #: with all arms, and HarmBench
-    condition_seeds: list[int] = field(default_factory=list)  #: with all arms in fig_conditions
 
 
 @dataclass
@@ -88,10 +84,8 @@ class EvaluateConfig:
     max_new_tokens: int = 24
     batch_size: int = 100
     system_prompt: str = MISSING
-    random_draws: int = 5
-    sweep_shares: list[float] = field(default_factory=lambda: [0.005, 0.01, 0.02, 0.04, 0.08, 0.16])
-    sweep_random_draws: int = 2
     harmbench: int | None = None  #: prompts, evenly spread over the set; null: all of them
+    do_not_answer: int | None = None  #: the same of Do-Not-Answer
     utility: str = "batched"  #: or ``lm_eval``
     trivia_items: int = 100
     arithmetic_items: int = 50
@@ -111,16 +105,28 @@ class ProbesConfig:
 
 
 @dataclass
-class BudgetConfig:
-    """Alignment through redundant units: shares of all units."""
+class ExperimentConfig:
+    """What is measured: arms by the names that tables show, shares, and numbers of random draws.
 
-    share: float = 0.2
-    sweep: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.4])
-    elsewhere: int = 100  #: prompts of Do-Not-Answer
-    longer_seeds: list[int] = field(default_factory=list)  #: RU and random twice the epochs too
-    more_seeds: list[int] = field(default_factory=list)  #: seeds that have all arms
-    instructions: list[str] = field(default_factory=list)  #: attacks whose rows these learn as well
-    arms: list[str] = field(default_factory=list)  #: only these, by name; all of them where empty
+    Shares are fractions of all units. Names are checked before anything is computed
+    (:func:`ssah.lab.catalogue.check`).
+    """
+
+    removed: list[str] = field(default_factory=list)  #: arms of Table 1
+    removed_draws: int = 1  #: random controls of the groups among them
+    removed_asked: list[str] = field(default_factory=list)  #: other prompts for these groups
+    sweep_shares: list[float] = field(default_factory=list)  #: to remove in fig_share_sweep
+    sweep_draws: int = 1
+    frozen: dict[str, list[str]] = field(default_factory=dict)  #: attack -> groups or rules
+    frozen_draws: int = 1  #: random controls of ESU + 6 % CU
+    cu_percents: list[float] = field(default_factory=list)  #: frozen beside ESU in fig8
+    frozen_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 2
+    conditions: list[str] = field(default_factory=list)  #: arms of fig_conditions beside Table 2's
+    ru_share: float = 0.2  #: what Table 4 calls RU
+    aligned_through: list[str] = field(default_factory=list)  #: arms of Table 4
+    ru_shares: list[float] = field(default_factory=list)  #: other shares of RU in Table 4
+    aligned_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 4
+    instructed: list[str] = field(default_factory=list)  #: attacks whose rows Table 4 teaches
 
 
 @dataclass
@@ -129,17 +135,18 @@ class RuntimeConfig:
 
     device: str = "auto"
     threads: int | None = None
+    processes: int | None = None  #: jobs side by side; null: what memory and cores allow
 
 
 @dataclass
 class Config:
-    """Everything. ``name`` is the profile's; seeds are ``seed`` ... ``seed + n_seeds - 1``.
-    """
+    """Everything. ``name`` is the profile's; seeds are ``seed`` ... ``seed + n_seeds - 1``."""
 
     name: str = MISSING
     seed: int = 0
     n_seeds: int = 1
     headline_seeds: int = 0  #: of Table 1 and the main attack of Table 2, where more than n_seeds
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
@@ -148,7 +155,6 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -156,11 +162,11 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 PROFILES = ("laptop", "smoke", "paper")
 GROUPS = (
-    "profile", "model", "data", "align", "attribution", "roles", "finetune", "evaluate", "probes",
-    "budget", "runtime",
+    "profile", "experiment", "model", "data", "align", "attribution", "roles", "finetune",
+    "evaluate", "probes", "runtime",
 )  # fmt: skip
 #: Settings that are dictionaries: keys below them are the user's.
-OPEN_KEYS = ("data.files.", "finetune.rows.")
+OPEN_KEYS = ("data.files.", "finetune.rows.", "experiment.frozen.")
 
 
 def known_keys() -> list[str]:

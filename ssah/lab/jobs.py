@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from ..core.store import behind
 from .arms import Arm
+from .catalogue import whole
 from .lab import Lab
 from .measure import Measure, Question, is_there, questions
 
-#: The job that all others of its seed need: alignment, attribution and the search for roles, and
-#: everything that is asked of the aligned and the given model, whole or without some units.
-FIRST = "the aligned model"
+#: The job that all others of its seed need: alignment, attribution, and the search for roles.
+FIRST = "alignment and roles"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model that is trained, and all that is asked about it; or the first job of a seed."""
+    """A model that is trained, or one that is there, and what is asked about it."""
 
     name: str
     lab: Lab
@@ -38,19 +40,47 @@ class Job:
         )
 
 
+def costs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """What finished jobs took: ``job``, ``seed``, ``seconds``, ``peak_memory_mib`` of the process.
+
+    A run that several of them need is counted for the first one.
+    """
+    counted: set[str] = set()
+    found = []
+    for job in jobs:
+        store = job.lab.store
+        store.touched.clear()
+        if job.missing():
+            continue
+        records = store.records()
+        own = behind(records, set(store.touched)) - counted
+        counted |= own
+        parts = [records[key] for key in own]
+        found.append(
+            {
+                "job": job.name,
+                "seed": job.lab.seed,
+                "seconds": round(sum(part["seconds"] for part in parts)),
+                "peak_memory_mib": max((part["peak_memory_mib"] for part in parts), default=0),
+            }
+        )
+    return found
+
+
 def jobs_of(lab: Lab, measures: Iterable[Measure]) -> list[Job]:
     """The jobs of one seed, the first one first.
 
     An arm and what is compared with it may be in different jobs: each measures its own models.
     """
-    wanted = tuple(measures)
-    parts: dict[str, dict[Arm, list[Question]]] = {FIRST: {}}
-    for arm, asked in questions(wanted).items():
-        parts.setdefault(_job_of(arm), {})[arm] = asked
+    asked = questions(measures)
+    parts: dict[str, dict[Arm, list[Question]]] = {}
+    if any(arm.method in ("removed", "frozen") for arm in asked):
+        parts[FIRST] = {whole(lab): [("search", "")]}
+    for arm, own in asked.items():
+        parts.setdefault(_job_of(arm), {})[arm] = own
     return [
         Job(name, lab, arms, tuple(_alone(arm, q) for arm, asked in arms.items() for q in asked))
         for name, arms in parts.items()
-        if arms
     ]
 
 
@@ -62,9 +92,7 @@ def _alone(arm: Arm, question: Question) -> Measure:
 def _job_of(arm: Arm) -> str:
     """Epochs of one training are one job; so are a model and what an attack makes of it."""
     if arm.method not in ("frozen", "trained"):
-        return FIRST
-    units = arm.rule + (f", as {arm.like}" if arm.like else "")
-    settings = "".join(f", {part}" for part in (arm.setting,) if part)
+        return "units removed" if arm.method else f"the {arm.base} model"
     draw = "" if arm.draw is None else f", draw {arm.draw}"
     what = f"{arm.attack}: frozen: " if arm.method == "frozen" else "aligned through "
-    return f"{what}{units}{settings}{draw}"
+    return f"{what}{arm.units}{draw}"

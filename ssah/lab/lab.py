@@ -18,7 +18,7 @@ from ..core.progress import quiet
 from ..core.runtime import pick_device
 from ..core.store import Handle, Store, digest
 from ..data.rows import Row, read_set
-from ..data.sets import build_sets
+from ..data.sets import build_sets, set_names
 from ..scoring.attribution import ActivationStatistics
 from ..training.ablation import ablate
 from ..training.settings import AlignConfig, TrainingConfig
@@ -57,7 +57,7 @@ class Lab:
 
     def has(self, name: str) -> bool:
         """Whether this data source has a set."""
-        return self.sets.path(f"{name}.jsonl").exists()
+        return name in set_names(self.config.data)
 
     @functools.cache  # noqa: B019 - a lab lives as long as its process
     def rows(self, name: str) -> tuple[Row, ...]:

@@ -65,6 +65,11 @@ def updated(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([old[~again], new], ignore_index=True)
 
 
+def same_subjects(table: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table that measure what some row of another one measures."""
+    return table[_subjects(table).isin(set(_subjects(like)))].reset_index(drop=True)
+
+
 def _subjects(table: pd.DataFrame) -> pd.Series:
     """What each row is about, as a tuple; what is missing is empty."""
     columns = (table[name].astype(object).where(table[name].notna(), "") for name in SUBJECT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from ..core.errors import SsahError, suggestion
 from ..scoring.selectors import RULES, Rank, matched_by, sized
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
+from ..units.roles import GROUPS
 from .lab import Lab
 from .specs import GIVEN
 from .stages.lessons import lesson
@@ -22,16 +24,24 @@ CU6, ALL_CU = "ESU + 6 % CU", "ESU + all CU"
 
 def group(lab: Lab, name: str) -> UnitMask:
     """``ESU``, ``ESU + 6 % CU``, ``ESU + all CU`` and so on, in the aligned model."""
+    return roles(lab).select(*selection(name))
+
+
+def selection(name: str) -> list[str]:
+    """A group's name as :meth:`ssah.units.roles.Roles.select` takes it.
+
+    Raises :class:`SsahError` where a part is no group.
+    """
     parts = []
     for part in name.split(" + "):
-        words = part.split()
-        if words[0] == "all":
-            parts.append(words[-1])
-        elif len(words) == 3 and words[1] == "%":
-            parts.append(f"{words[2]}:{words[0]}%")
-        else:
-            parts.append(part)
-    return roles(lab).select(*parts)
+        found = re.fullmatch(r"(?:all |(\d+(?:\.\d+)?) % )?(\w+)", part)
+        if found is None or found[2] not in GROUPS:
+            raise SsahError(
+                f"'{name}' is no group of units: name some of {', '.join(GROUPS)}, such as "
+                f"'{CU6}' or '{ALL_CU}', or a rule: {', '.join(RULES)}."
+            )
+        parts.append(f"{found[2]}:{found[1]}%" if found[1] else found[2])
+    return parts
 
 
 class _Evidence:

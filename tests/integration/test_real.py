@@ -37,12 +37,12 @@ MINIATURE = [
     "roles.esu_shares=[0.02]",
     "roles.euu_shares=[0.1]",
     "evaluate.max_new_tokens=6",
-    "evaluate.random_draws=1",
+    "experiment.removed_draws=1",
     "evaluate.trivia_items=8",
     "evaluate.arithmetic_items=4",
     "evaluate.perplexity_rows=8",
-    "evaluate.sweep_shares=[0.02]",
-    "evaluate.sweep_random_draws=1",
+    "experiment.sweep_shares=[0.02]",
+    "experiment.sweep_draws=1",
 ]
 
 

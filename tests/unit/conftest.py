@@ -101,7 +101,7 @@ def lively(tiny_folder, tmp_path_factory) -> list[str]:
     save_livelier(tiny_folder, folder, seed=1)
     return [
         "model=local", f"model.source={folder}", "model.chat_template=chatml",
-        "finetune.learning_rate=2e-2", "finetune.random_draws=2",
+        "finetune.learning_rate=2e-2", "experiment.frozen_draws=2",
     ]  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_the_table_is_printed_written_and_published(results, monkeypatch, capsys
     filled = {}
     monkeypatch.setattr(report, "results_root", lambda: results)
     monkeypatch.setattr(report, "_fill", lambda name, block, table: filled.update({block: table}))
-    report.publish_bench(results / "smoke")
+    report.publish(results / "smoke")
     assert (results / "published" / "tables" / "bench.md").read_text() == table.read_text()
     assert list(filled["costs"]["way to train"]) == list(ways)
 

@@ -11,7 +11,7 @@ from ssah.lab import lab as lab_module
 from ssah.lab.headline import headline
 from ssah.lab.jobs import FIRST
 from ssah.lab.measure import collect
-from ssah.lab.table import merged, read_table, typed, write_table
+from ssah.lab.table import read_table, typed, write_table
 
 
 def table(value: float, seed: int = 0, commits: str = "") -> pd.DataFrame:
@@ -97,15 +97,29 @@ def test_bad_words_are_one_sentence(smoke_study, monkeypatch, capsys, arguments,
 # --- merging and publishing ------------------------------------------------------------------
 
 
-def test_results_of_several_machines_are_merged(tmp_path):
-    for number in (0, 1):
-        write_table(table(number, seed=number), tmp_path / str(number))
-    commands.merge([tmp_path / "0", tmp_path / "1"], tmp_path / "both")
-    both = read_table(tmp_path / "both")
-    assert both["value"].tolist() == [0, 1]
-    assert merged([table(1, seed=1), table(0)]).equals(both)
+def test_seeds_of_several_machines_are_merged_and_drawn_as_if_measured_together(
+    smoke_study, tmp_path
+):
+    folders = []
+    for seeds in (["seed=0"], ["seed=1"], ["seed=0", "n_seeds=2"]):
+        study = smoke_study(*seeds)
+        study.results = tmp_path / ",".join(seeds)
+        for artefact in ("table1", "fig_share_sweep"):
+            study.show(artefact)
+        folders.append(study.results)
+    zero, one, both = folders
+    commands.merge([one, zero], tmp_path / "merged")
+    assert read_table(tmp_path / "merged").equals(read_table(both))
+    for name in ("tables/table1.csv", "tables/fig_share_sweep.csv"):
+        assert (tmp_path / "merged" / name).read_bytes() == (both / name).read_bytes(), name
+    assert (tmp_path / "merged" / "figures" / "fig_share_sweep.png").exists()
+    shown, wanted = (
+        (folder / "tables" / "table1.md").read_text().split("Profile")[0]
+        for folder in (tmp_path / "merged", both)
+    )
+    assert shown == wanted
     with pytest.raises(SsahError, match=r"holds no measurements\.parquet"):
-        commands.merge([tmp_path / "0", tmp_path / "nothing"], tmp_path / "both")
+        commands.merge([zero, tmp_path / "nothing"], tmp_path / "both")
 
 
 def test_only_what_the_repository_made_is_published(tmp_path, monkeypatch):

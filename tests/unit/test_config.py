@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 
 import pytest
 
+from ssah.app.study import Study
 from ssah.core.errors import SsahError, suggestion
 from ssah.core.paths import conf_dir
 from ssah.lab.config import GROUPS, PROFILES, Config, check_keys, compose, known_keys, sweep_points
@@ -34,8 +36,7 @@ def test_profiles_are_what_they_say():
     assert compose().name == "laptop"
 
 
-def test_there_are_few_files_and_each_is_an_option():
-    assert len(FILES) <= 40
+def test_each_file_is_an_option():
     assert {path.parent.name for path in FILES} - {"conf"} == set(GROUPS)
     assert [path.name for path in FILES if path.parent == conf_dir()] == ["config.yaml"]
     assert {p.stem for p in FILES if p.parent.name == "profile"} == set(PROFILES)
@@ -148,6 +149,34 @@ def test_files_of_a_data_source_can_be_overridden():
 def test_rows_of_an_attack_can_be_overridden():
     config = compose("smoke", ["finetune.rows.dialogues=8"])
     assert config.finetune.rows == {"dialogues": 8, "instructions": 16, "arithmetic": 16}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "experiment.aligned_through=[RU,'LoRA, as RUs']",
+            "experiment.aligned_through: there is no 'LoRA, as RUs': did you mean 'LoRA, as RU'",
+        ),
+        ("experiment.conditions=[all head]", "there is no 'all head': did you mean 'all heads'"),
+        (
+            "experiment.frozen_asked=[Harmbench]",
+            "there is no 'Harmbench': did you mean 'HarmBench'",
+        ),
+        ("experiment.instructed=[arithmetics]", "did you mean 'arithmetic'"),
+        ("experiment.frozen={instruction: [ESU]}", "did you mean 'instructions'"),
+        ("experiment.frozen.instructions=[ESU + 6 CU]", "'ESU + 6 CU' is no group of units"),
+    ],
+)
+def test_an_arm_that_does_not_exist_is_refused_before_anything_is_computed(override, says):
+    with pytest.raises(SsahError, match=re.escape(says)):
+        Study("smoke", [override])
+
+
+@pytest.mark.parametrize("experiment", ["default", "published", "paper", "smoke"])
+def test_the_arms_of_every_experiment_exist(experiment):
+    for others in ([], ["align=none"]):
+        Study("smoke", [f"experiment={experiment}", *others])
 
 
 def test_sweeps_are_every_combination():

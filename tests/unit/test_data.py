@@ -22,7 +22,7 @@ from ssah.core.store import Handle, Store
 from ssah.data.arithmetic import arithmetic_problems
 from ssah.data.refusals import compose_refusal
 from ssah.data.rows import SETS, Row, read_jsonl, read_set
-from ssah.data.sets import build_sets
+from ssah.data.sets import build_sets, set_names
 from ssah.data.settings import DataConfig
 from ssah.data.split import cluster, content_words, divide_harmful, similarity
 from ssah.evaluate.refusals import is_refusal
@@ -357,6 +357,20 @@ def test_parts_of_local_files_are_disjoint(tmp_path, files, unanswered):
     for a, b in combinations(sets, 2):
         assert not prompts(sets[a]) & prompts(sets[b]), (a, b)
     assert all(row.response for row in sets["heldout_text"])
+
+
+@pytest.mark.parametrize("source", ["toy", "files", "embedded"])
+def test_which_sets_there_are_is_known_without_building_them(tmp_path, files, source, request):
+    if source == "files":
+        config = files()
+        found = {path.stem for path in built(tmp_path, config).path("").glob("*.jsonl")}
+    elif source == "toy":
+        config = compose("smoke").data
+        found = {path.stem for path in built(tmp_path, config).path("").glob("*.jsonl")}
+    else:
+        config = compose("laptop").data
+        found = {name for name, rows in request.getfixturevalue("embedded").items() if rows}
+    assert found == set_names(config)
 
 
 def test_a_changed_file_is_read_again(tmp_path, files):

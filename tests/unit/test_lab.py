@@ -114,7 +114,7 @@ def test_equal_models_have_one_identity(smoke_lab, lab):
     ):
         assert lab.identity(same) == wanted
     # What is only measured differently is the same model.
-    other = smoke_lab("evaluate.max_new_tokens=5", "evaluate.random_draws=1")
+    other = smoke_lab("evaluate.max_new_tokens=5", "experiment.removed_draws=1")
     assert other.identity(base.trained(MAIN_ATTACK, Part(freeze=mask))) == wanted
 
 

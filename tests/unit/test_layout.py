@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def declared() -> list[Requirement]:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
     texts = [*project["dependencies"], *(text for extra in extras.values() for text in extra)]
-    return [Requirement(text) for text in texts]
+    found = [Requirement(text) for text in texts]
+    return [requirement for requirement in found if requirement.name != project["name"]]
 
 
 def test_every_line_of_the_lock_is_an_exact_pin():
@@ -100,7 +102,44 @@ def test_every_dependency_is_pinned_within_its_range(requirement):
 
 
 def test_the_extras_are_those_that_are_promised():
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "lm-eval", "dev"}
+    extras = set(PYPROJECT["project"]["optional-dependencies"])
+    assert extras == {"study", "cluster", "lm-eval", "dev"}
+
+
+_METHOD = """
+import sys, ssah
+for name in set(ssah.__all__) - {"Study"}:
+    getattr(ssah, name)
+print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("ssah.")))
+"""
+
+
+def test_the_method_imports_no_extra():
+    """What ``pip install ssah`` brings is enough for it; anything else is imported where it is
+    used."""
+    done = subprocess.run(
+        [sys.executable, "-c", _METHOD], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    files = done.stdout.split()
+    assert any(file.endswith("slicing.py") for file in files)
+    assert any(file.endswith("attribution.py") for file in files)
+    assert not [file for file in files if "/lab/" in file or "/app/" in file]
+    found = set()
+    for file in files:
+        for node in ast.parse(Path(file).read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(str(node.module).split(".")[0])
+    needed = {Requirement(text).name for text in PYPROJECT["project"]["dependencies"]}
+    assert found - set(sys.stdlib_module_names) <= needed
+
+
+def test_without_the_extras_the_command_says_what_to_install():
+    code = "import sys; sys.modules['click'] = None; import ssah.__main__ as m; sys.exit(m.main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "needs click: pip install 'ssah[study]'" in done.stderr
 
 
 def test_the_conda_environment_uses_the_lock():
@@ -131,12 +170,10 @@ def help_text() -> str:
     return done.stdout
 
 
-def test_make_knows_every_artefact():
-    listed = re.search(r"^ARTEFACTS := ((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)
+def test_make_knows_every_artefact(help_text):
+    listed = re.search(r"^artefacts: +(.*)$", help_text, re.MULTILINE)
     assert listed
-    names = listed[1].replace("\\\n", " ").split()
-    assert len(names) == len(set(names))
-    assert set(names) == set(ARTEFACTS)
+    assert listed[1].split() == list(ARTEFACTS)
 
 
 def test_make_help_names_every_target(help_text):

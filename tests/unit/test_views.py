@@ -86,7 +86,7 @@ def test_another_familys_table_holds_the_papers_numbers_only(outputs):
 
 def test_points_of_fig_8_are_the_measurements(outputs, lively_table, lively_lab):
     axes = outputs["fig8"].figure.axes[0]
-    percents = lively_lab.config.finetune.cu_percents
+    percents = lively_lab.config.experiment.cu_percents
     lines = {line.get_label(): line for line in axes.lines if len(line.get_xdata()) == 3}
     for epoch, label in ((1, "1 epoch"), (2, "2 epochs")):
         wanted = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from ...evaluate.stats import Estimate
@@ -30,6 +31,9 @@ COLOURS = {
     "RU": "#999999",
     "random": "#000000",
 }
+
+#: Colours of percentages: a square-root scale keeps about one per cent visible beside a hundred.
+SHARES = PowerNorm(0.5, vmin=0, vmax=100)
 
 
 def format_estimate(e: Estimate | None, digits: int = 1) -> str:

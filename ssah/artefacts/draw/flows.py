@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from ...units.roles import GROUPS
-from . import COLOURS
+from . import COLOURS, SHARES
 
 
 def draw_flow(
@@ -66,14 +67,9 @@ def draw_matrix(
     after: Sequence[str] = GROUPS,
 ) -> None:
     """A heat map with its numbers: ``[before, after]`` per cent."""
-    axes.imshow(np.sqrt(matrix / 100), cmap="cividis", vmin=0, vmax=1)
-    for i in range(len(before)):
-        for j in range(len(after)):
-            dark = matrix[i, j] < 40
-            text = f"{matrix[i, j]:.2f}"
-            colour = "white" if dark else "black"
-            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(range(len(after)), after)
-    axes.set_yticks(range(len(before)), before)
+    seaborn.heatmap(
+        matrix, ax=axes, norm=SHARES, cmap="cividis", square=True, cbar=False,
+        annot=True, fmt=".2f", annot_kws={"fontsize": 7}, xticklabels=after, yticklabels=before,
+    )  # fmt: skip
+    axes.tick_params(left=False, bottom=False, labelrotation=0)
     axes.set_title(title, fontsize=8)
-    axes.grid(False)

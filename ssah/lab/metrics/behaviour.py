@@ -32,18 +32,28 @@ PROMPTS = {
 }
 
 SYSTEM, PREFIX, BOTH = "with system prompt", "with prefix", "mean of both"
+CONDITIONS = (SYSTEM, PREFIX, BOTH)  #: of the evaluation prompts
 
 
 def asked(lab: Lab, on: str) -> tuple[Row, ...]:
     """The prompts behind a name; of sets of other authors as many as configured."""
-    if on not in PROMPTS:
-        raise SsahError(f"There are no prompts '{on}'{suggestion(on, list(PROMPTS))}")
     counts = {
         "harmbench": lab.config.evaluate.harmbench,
-        "do_not_answer": lab.config.budget.elsewhere,
+        "do_not_answer": lab.config.evaluate.do_not_answer,
     }
-    name = PROMPTS[on]
+    name = _set_of(on)
     return lab.spread(name, counts[name]) if name in counts else lab.rows(name)
+
+
+def has_prompts(lab: Lab, on: str) -> bool:
+    """Whether the data source has the prompts behind a name."""
+    return lab.has(_set_of("" if on in CONDITIONS else on))
+
+
+def _set_of(on: str) -> str:
+    if on not in PROMPTS:
+        raise SsahError(f"There are no prompts '{on}'{suggestion(on, list(PROMPTS))}")
+    return PROMPTS[on]
 
 
 def said(lab: Lab, model: Model, on: str) -> list[Completion]:
