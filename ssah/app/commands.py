@@ -102,7 +102,7 @@ def plan(profile: str, overrides: list[str]) -> None:
             minutes, memory = f"{left:.0f}", f"{took.loc[job.name, 'peak_memory_mib'] / 1024:.1f}"
         row = (number, job.lab.seed, job.name, job.asked, missing, minutes, memory)
         table.add_row(*map(str, row))
-    Console().print(table)
+    _show(table)
     if total:
         print(f"About {total:.0f} minutes are left, by what the published run took on 2 cores.")
 
@@ -138,6 +138,13 @@ def merge(folders: Sequence[Path], target: Path) -> None:
     report.update_claims(target)
 
 
+def _show(table: Table) -> None:
+    """On standard output. A file or a pipe has no width: there nothing is folded at 80 columns."""
+    console = Console()
+    console.width = console.width if console.is_terminal else 160
+    console.print(table)
+
+
 def assets(*, fetch_all: bool) -> None:
     """List what is embedded, or download all of it first."""
     store = Store(home() / "runs")
@@ -150,7 +157,7 @@ def assets(*, fetch_all: bool) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table)
+    _show(table)
 
 
 def judge(file: Path, text: str, label: str, prompt: str | None) -> None:

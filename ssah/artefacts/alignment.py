@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -182,7 +182,7 @@ def fig_budget(table: pd.DataFrame, config: Config) -> Output:
         "instructions: is a model that was aligned through fewer units easier to break? 95 % "
         "intervals, seeds pooled." + _which_seeds(table)
     )
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(10, 2.5 + 0.3 * len(arms)))
         left, right = output.figure.subplots(1, 2)
         _draw_bargain(left, table, arms)

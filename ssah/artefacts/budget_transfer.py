@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import numpy as np
 import pandas as pd
 
@@ -71,7 +71,7 @@ def fig6(table: pd.DataFrame, config: Config) -> Output:
     width = "The width of a flow is the square root of its share."
     output = Output(no_pair(config) or _HOW + width)
     panels = _panels(table, config, "all units", "global")
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(3.4 * len(panels), 3.2))
         row = output.figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, matrix) in zip(row, panels.items(), strict=True):
@@ -94,7 +94,7 @@ def _heat_maps(table: pd.DataFrame, config: Config, scopes: dict[str, str]) -> O
     output = Output(no_pair(config) or _HOW)
     panels = {scope: _panels(table, config, scope, name) for scope, name in scopes.items()}
     columns = len(next(iter(panels.values())))
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(3.4 * columns, 1.9 * len(scopes)))
         grid = output.figure.subplots(len(scopes), columns, squeeze=False)
         for row, (scope, found) in zip(grid, panels.items(), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -45,7 +45,7 @@ def fig_margin(table: pd.DataFrame, config: Config) -> Output:
         "probability of the refusal openings alone. Right: the two measures query by query, "
         "aligned model, first seed."
     )
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(11, 3.6))
         left, middle, right = output.figure.subplots(1, 3)
         for base in bases(table, "margin"):
@@ -116,7 +116,7 @@ def fig_readout(table: pd.DataFrame, config: Config) -> Output:
         "labels that are random within either kind, mean over five draws. Bands: 95 % intervals "
         "over queries of both kinds."
     )
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(6.5, 3.6))
         axes = output.figure.subplots()
         for base in bases(table, "AUROC, benign"):

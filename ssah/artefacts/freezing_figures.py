@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -67,7 +67,7 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
         )["value"]
         return values.mean(), values.min(), values.max()
 
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(6.5, 3.6))
         axes = output.figure.subplots()
         for epoch, marker in ((1, "o"), (2, "s")):
@@ -137,7 +137,7 @@ def fig_conditions(table: pd.DataFrame, config: Config) -> Output:
         "units; the other rules freeze as many heads and as many neurons. measurements.csv says "
         "what share of the weights each arm freezes." + _which_seeds(frozen, full)
     )
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(10, 5))
         left, right = output.figure.subplots(1, 2, width_ratios=(1, 1.1))
         _draw_trade_off(left, frozen[frozen["seed"].isin(full)], wider)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -71,7 +71,7 @@ def ask_fig7(lab: Lab) -> list[Measure]:
 def fig2(table: pd.DataFrame, config: Config) -> Output:
     """Distance to either kind of run by generated token, last block (Fig. 2)."""
     output = Output(_note(" Last block, as the language-model head reads it."))
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(6, 3.6))
         axes = output.figure.subplots()
         draw_tokens(axes, table, "Harmful queries, last block", set=HARMFUL)
@@ -89,7 +89,7 @@ def fig3(table: pd.DataFrame, config: Config) -> Output:
         )
     )
     positions = config.probes.positions
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(11, 3.4))
         panels = output.figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
         for axes, position in zip(panels, positions, strict=True):
@@ -111,7 +111,7 @@ def fig4(table: pd.DataFrame, config: Config) -> Output:
         )
     )
     subtracted: dict[str, Any] = {"set": HARMFUL + SUBTRACTED}
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(11, 3.6))
         left, middle, right = output.figure.subplots(1, 3)
         draw_tokens(left, table, "Content subtracted, last block", **subtracted)
@@ -145,7 +145,7 @@ def fig7(table: pd.DataFrame, config: Config) -> Output:
             "not free to embed (`data.files.hexphi`)."
         )
     )
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(8, 3.2 * len(found)))
         grid = output.figure.subplots(len(found), 2, squeeze=False)
         for (left, right), name in zip(grid, found, strict=True):

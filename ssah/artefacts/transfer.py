@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -123,7 +123,7 @@ def fig5(table: pd.DataFrame, config: Config) -> Output:
     )
     panels = {name: _matrix(table, name, "all units") for name in _COLUMNS}
     panels[PAPER] = _paper_matrix("fig11", "global")
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(10, 5.4))
         grid = output.figure.subplots(2, 3).flat
         for axes, (name, matrix) in zip(grid, panels.items(), strict=True):
@@ -148,7 +148,7 @@ def _heat_maps(table: pd.DataFrame, artefact: str, scopes: dict[str, str]) -> Ou
         "over seeds."
     )
     shown = (NOISE, f"frozen: {NOTHING}", f"frozen: {CU6}", f"frozen: {ALL_CU}")
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(12, 2.9 * len(scopes)))
         grid = output.figure.subplots(len(scopes), len(shown) + 1, squeeze=False)
         for row, (scope, printed) in zip(grid, scopes.items(), strict=True):
@@ -171,7 +171,7 @@ def fig13(table: pd.DataFrame, config: Config) -> Output:
     paper = pd.read_csv(reference_csv())
     printed = paper[paper["artefact"] == "fig13"].set_index("setting")["value"]
     bars[PAPER] = [printed[f"ESU->{group}"] for group in GROUPS]
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(7, 2.8))
         _draw_fates(output.figure.subplots(), bars)
     return output

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import pandas as pd
-import seaborn
 
 from ..lab import catalogue
 from ..lab.config import Config
@@ -55,7 +54,7 @@ def fig_share_sweep(table: pd.DataFrame, config: Config) -> Output:
     )
     swept = table[(table["method"] == "removed") & table["setting"].str.endswith(" %")]
     swept = swept.assign(share=swept["setting"].str.removesuffix(" %").astype(float))
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(8, 3.4))
         asr, perplexity = output.figure.subplots(1, 2)
         for axes, metric in ((asr, "ASR"), (perplexity, "perplexity")):
@@ -98,7 +97,9 @@ def fig_roles_map(table: pd.DataFrame, config: Config) -> Output:
         "Each cell: the share of that layer's heads (attention) or neurons (MLP) that belong to "
         "the group, averaged over seeds."
     )
-    with plt.style.context(STYLE):
+    import seaborn  # takes a second
+
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(8, 3.6))
         panels = output.figure.subplots(2, 1, sharex=True)
         titles = {"attn": "Attention heads", "mlp": "MLP neurons"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 import numpy as np
 import pandas as pd
 
@@ -50,7 +50,7 @@ def fig_verdicts(table: pd.DataFrame, config: Config) -> Output:
     )
     arms = arms_of(table[table["metric"] == CORRECTED])
     names = [_name(arm) for arm in arms]
-    with plt.style.context(STYLE):
+    with matplotlib.style.context(STYLE):
         output.figure = ShownFigure(figsize=(8, 1 + 0.24 * len(arms)))
         axes = output.figure.subplots()
         left = np.zeros(len(arms))

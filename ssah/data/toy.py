@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..core.paths import RESOURCES
 
@@ -35,6 +33,9 @@ class ToyHarm:
 
 def build_tiny_model(folder: Path) -> None:
     """Save a random 2-layer Llama (4 heads, 2 KV heads) and a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     text = "".join(p.read_text(encoding="utf-8") for p in sorted(RESOURCES.glob("*.json*")))
     words = dict.fromkeys([*_VERBS, *_NOUNS, *re.findall(r"\w+|[^\w\s]+", text)])
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]

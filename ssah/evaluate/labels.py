@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score
 
 from ..core.errors import SsahError, suggestion
 from ..core.paths import labels_csv
@@ -86,6 +85,8 @@ def agreement(labels: Sequence[str], verdicts: Sequence[str]) -> pd.DataFrame:
     Verdicts that these labels cannot decide are left out: *answered* needs labels that tell it
     from *evaded*.
     """
+    from sklearn.metrics import cohen_kappa_score
+
     decided = [
         v for v in VERDICTS if v in labels and (v == "refused" or "not refused" not in labels)
     ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..text.batches import by_length, pad
 from ..text.forward import label_logits, scored_logits, sum_by_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Pair = tuple[list[int], list[int]]
 

@@ -18,21 +18,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..text.forward import label_logits
 from .stats import Estimate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -185,6 +183,11 @@ def read_out(train: Tensor, labels: np.ndarray, test: Tensor) -> np.ndarray:
     ``[n, hidden]``, bool ``[n]`` and ``[m, hidden]`` -> ``[m]``; higher where it says ``True``.
     States are turned into the span of the training states, where the weights lie anyway.
     """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     regression = LogisticRegression(C=0.1, solver="newton-cholesky")
     classifier = make_pipeline(StandardScaler(), PCA(svd_solver="full"), regression)
     classifier.fit(train.double().numpy(), labels)

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap, norm, rankdata, spearmanr
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
+import scipy  # its parts are imported when they are used
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,8 @@ def proportion(outcomes: Sequence[bool]) -> Estimate:
     n, k = len(outcomes), int(sum(outcomes))
     if n == 0:
         raise ValueError("A proportion of no outcomes is undefined.")
+    from statsmodels.stats.proportion import proportion_confint
+
     low, high = proportion_confint(k, n, method="wilson")
     return Estimate(k / n, low, high, n)
 
@@ -64,7 +64,7 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Estimate
     n, gained, lost = len(a), int((a & ~b).sum()), int((~a & b).sum())
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     centre = up - down
-    half = norm.ppf(0.975) * np.sqrt((up + down - centre**2) / (n + 2))
+    half = scipy.stats.norm.ppf(0.975) * np.sqrt((up + down - centre**2) / (n + 2))
     value = (gained - lost) / n
     return Estimate(value, max(-1.0, centre - half), min(1.0, centre + half), n)
 
@@ -102,7 +102,7 @@ def perplexity(token_counts: Sequence[int], losses: Sequence[float]) -> Estimate
     if len(sums) < 2:
         return Estimate(value, value, value, len(sums))
     index = np.arange(len(sums))
-    found = bootstrap(
+    found = scipy.stats.bootstrap(
         (index,), statistic, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return Estimate(value, float(np.exp(found.low)), float(np.exp(found.high)), len(sums))
@@ -133,17 +133,19 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> Estimate:
         return Estimate(0.0, -1.0, 1.0, len(a))
     rng, n = np.random.default_rng(0), len(a)
     resampled = rng.integers(n, size=(1000, n))
-    ranks = [rankdata(x[resampled], axis=1) for x in (a, b)]
+    ranks = [scipy.stats.rankdata(x[resampled], axis=1) for x in (a, b)]
     centred = [r - r.mean(1, keepdims=True) for r in ranks]
     norms = [np.sqrt((c**2).sum(1)).clip(1e-12) for c in centred]
     low, high = np.quantile(
         (centred[0] * centred[1]).sum(1) / (norms[0] * norms[1]), (0.025, 0.975)
     )
-    return Estimate(float(spearmanr(a, b).statistic), float(low), float(high), n)
+    return Estimate(float(scipy.stats.spearmanr(a, b).statistic), float(low), float(high), n)
 
 
 def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Exact McNemar test of two arms on the same prompts (two-sided p)."""
+    from statsmodels.stats.contingency_tables import mcnemar
+
     a, b = _paired(first, second)
     table = [
         [int((a & b).sum()), int((a & ~b).sum())],

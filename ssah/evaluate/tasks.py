@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ..core.errors import SsahError
 from ..data.rows import Row
 from ..text.chat import encode, encode_dialogue
 from .generate import complete
 from .likelihood import choice_losses, continuation_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def question_text(row: Row) -> str:

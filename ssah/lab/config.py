@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..core.errors import SsahError, suggestion
@@ -165,18 +166,29 @@ GROUPS = (
     "profile", "experiment", "model", "data", "align", "attribution", "roles", "finetune",
     "evaluate", "probes", "runtime",
 )  # fmt: skip
-#: Settings that are dictionaries: keys below them are the user's.
-OPEN_KEYS = ("data.files.", "finetune.rows.", "experiment.frozen.")
 
 
+@cache
 def known_keys() -> list[str]:
     """Every key that an override may set: ``roles.esu_shares`` and so on, and the groups."""
     keys = ["seed", "n_seeds", "headline_seeds", *GROUPS]
     for top in fields(Config):
         node = Config.__dataclass_fields__[top.name].default_factory
         if is_dataclass(node):
-            keys += [f"{top.name}.{leaf.name}" for leaf in fields(node)]
+            for leaf in fields(node):
+                key = f"{top.name}.{leaf.name}"
+                keys += [key, *(f"{key}.{name}" for name in _names_in_files(top.name, leaf.name))]
     return keys
+
+
+def _names_in_files(group: str, leaf: str) -> list[str]:
+    """What any file of the group sets in a dictionary such as ``finetune.rows``."""
+    names: dict[str, None] = {}
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
+        written = OmegaConf.load(file)
+        own = OmegaConf.select(written, leaf if group not in written else f"{group}.{leaf}")
+        names |= dict.fromkeys(own if isinstance(own, DictConfig) else ())
+    return list(names)
 
 
 def compose(profile: str = "laptop", overrides: list[str] | None = None) -> Config:
@@ -215,7 +227,9 @@ def check_keys(overrides: list[str]) -> None:
         except HydraException as error:
             raise SsahError(f"'{override}' is not of the form key=value.") from error
         key = parsed.key_or_group
-        if key not in known_keys() and not key.startswith((*OPEN_KEYS, "hydra.", "hydra/")):
+        # What a file of the user's holds is told below its name: data.files.harmful.prompt.
+        named = ".".join(key.split(".")[:3])
+        if not {key, named} & set(known_keys()) and not key.startswith(("hydra.", "hydra/")):
             raise SsahError(f"Unknown override '{key}'{suggestion(key, known_keys())}")
 
 

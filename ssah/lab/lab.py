@@ -8,10 +8,9 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import SsahError
 from ..core.progress import quiet
@@ -27,6 +26,9 @@ from ..units.layout import UnitLayout
 from .config import Config, FinetuneConfig
 from .load import Checkpoint, load_model, load_tokenizer, locate
 from .specs import GIVEN, REFUSALS, Ablate, Model, Train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: Models in memory: the one that is measured, and those that it is compared with.
 LOADED = 3
@@ -96,6 +98,8 @@ class Lab:
     @functools.cached_property
     def _architecture(self) -> PreTrainedModel:
         """The model without weights: its shapes."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         with quiet():
             config = AutoConfig.from_pretrained(self.given.path, revision=self.given.revision)
         family_of(config.get_text_config().model_type)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from ..core.errors import SsahError
 from ..core.paths import require_space
@@ -21,6 +16,9 @@ from ..data.assets import fetch
 from ..data.toy import build_tiny_model
 from ..text.chat import CHATML
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,8 @@ def _embedded(store: Store) -> Handle:
 
     def build(folder: Path) -> None:
         """De-quantise once; later loads read plain safetensors."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         require_space(1.5, folder)
         gguf = next(asset.path("files").glob("*.gguf"))
         with quiet():
@@ -110,6 +110,8 @@ def load_model(
     checkpoint: Checkpoint, config: ModelConfig, device: torch.device
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
@@ -126,6 +128,8 @@ def load_model(
 
 def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTokenizerBase:
     """Its tokenizer, padding on the left, with the template that the configuration names."""
+    from transformers import AutoTokenizer
+
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.path, revision=checkpoint.revision, padding_side="left"

@@ -7,14 +7,17 @@ This one knows the training rows: it asks what a first step on them does to the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..text.batches import Batch
 from ..text.forward import scored_logits
 from ..units.layout import UnitLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def gradient_conflict(

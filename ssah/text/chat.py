@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedTokenizerBase,
+    )
+
 
 #: ChatML without a default system prompt. SmolLM2's own template inserts one whenever the
 #: conversation has none, so "without a system prompt" could not be measured with it.

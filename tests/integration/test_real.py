@@ -37,6 +37,8 @@ MINIATURE = [
     "roles.esu_shares=[0.02]",
     "roles.euu_shares=[0.1]",
     "evaluate.max_new_tokens=6",
+    "experiment.removed=[ESU,EUU,RU,'ESU, mean','EUU, mean','RU, mean',"
+    "'largest magnitude, as ESU','smallest magnitude, as RU']",
     "experiment.removed_draws=1",
     "evaluate.trivia_items=8",
     "evaluate.arithmetic_items=4",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import torch
 
-from ssah.app import cli, commands, report
+from ssah.app import cli, commands, processes, report
+from ssah.app.study import Study
+from ssah.artefacts import ARTEFACTS
 from ssah.core.errors import SsahError
 from ssah.lab import lab as lab_module
+from ssah.lab.config import compose
 from ssah.lab.headline import headline
 from ssah.lab.jobs import FIRST
-from ssah.lab.measure import collect
+from ssah.lab.measure import collect, measured
 from ssah.lab.table import read_table, typed, write_table
 
 
@@ -31,7 +35,7 @@ def test_a_plan_names_every_job_and_loads_nothing(smoke_study, monkeypatch, caps
     jobs = study.jobs()
     assert [job.name for job in jobs[:2]] == [FIRST, FIRST], "what others need comes first"
     for job in jobs:
-        assert job.name.split(",")[0] in printed
+        assert job.name in printed
         # What compares a model with itself needs nothing.
         assert job.asked - 2 <= job.missing() <= job.asked > 0
     assert {job.lab.seed for job in jobs} == {40, 41}
@@ -46,8 +50,55 @@ def test_jobs_that_run_apart_compute_what_one_run_does(smoke_study):
     later = smoke_study("seed=42")
     assert [job.missing() for job in later.jobs()] == [0] * (1 + len(others))
     (lab,) = later.labs
+    (_, asked), *_ = later.asked(list(ARTEFACTS.values()))
     with lab.store.only_reading():
-        later.collect()
+        assert len(measured(lab, asked)[0]) > 500
+
+
+def test_jobs_side_by_side_give_the_table_of_one_process(smoke_study, tmp_path, monkeypatch):
+    found = []
+    for count in (1, 2):
+        home = tmp_path / str(count)
+        monkeypatch.setenv("SSAH_HOME", str(home))
+        study = Study("smoke", [f"runtime.processes={count}"], results=home / "results")
+        study.collect(["table1", "fig_roles_map"])
+        with study.store.only_reading():
+            study.show("table1")
+        found.append(read_table(study.results).drop(columns="runs"))
+    assert found[0].equals(found[1])
+
+
+def test_a_job_that_fails_in_another_process_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSAH_HOME", str(tmp_path))
+    rows = "finetune.rows={instructions: 9999, dialogues: 9999, arithmetic: 9999}"
+    study = Study("smoke", [rows, "runtime.processes=2"], results=tmp_path / "results")
+    with pytest.raises(SsahError, match=r"ask for more than the \d+ rows that there are"):
+        study.collect(["table2"])
+
+
+@pytest.mark.parametrize(
+    ("memory", "cores", "source", "device", "expected"),
+    [
+        (24, 2, "embedded", "cpu", 2),
+        (8, 2, "embedded", "cpu", 1),
+        (64, 4, "embedded", "cpu", 4),
+        (16, 8, "embedded", "cpu", 2),
+        (24, 2, "/a/folder", "cpu", 1),
+        (24, 2, "embedded", "cuda", 1),
+    ],
+)
+def test_processes_are_as_many_as_memory_and_cores_allow(
+    monkeypatch, memory, cores, source, device, expected
+):
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory * 2**30}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    monkeypatch.setattr(processes, "pick_device", lambda _: torch.device(device))
+    config = compose("laptop")
+    config.model.source = source
+    assert processes.side_by_side(config) == expected
+    config.runtime.processes = 3
+    assert processes.side_by_side(config) == 3
 
 
 def test_there_is_no_job_beyond_the_plan(smoke_study, monkeypatch):
@@ -109,7 +160,8 @@ def test_seeds_of_several_machines_are_merged_and_drawn_as_if_measured_together(
         folders.append(study.results)
     zero, one, both = folders
     commands.merge([one, zero], tmp_path / "merged")
-    assert read_table(tmp_path / "merged").equals(read_table(both))
+    by_seed = read_table(both).sort_values("seed", kind="stable", ignore_index=True)
+    assert read_table(tmp_path / "merged").equals(by_seed)
     for name in ("tables/table1.csv", "tables/fig_share_sweep.csv"):
         assert (tmp_path / "merged" / name).read_bytes() == (both / name).read_bytes(), name
     assert (tmp_path / "merged" / "figures" / "fig_share_sweep.png").exists()

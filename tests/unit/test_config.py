@@ -69,7 +69,7 @@ def test_overrides_reach_the_configuration():
         ("modell=tiny", "model"),
         ("evaluate.max_new_token=3", "evaluate.max_new_tokens"),
         ("+attribution.token=all", "attribution.tokens"),
-        ("finetune.row.dialogues=8", "finetune.rows"),
+        ("finetune.row.dialogues=8", "finetune.rows.dialogues"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(override, nearest):
@@ -125,7 +125,14 @@ def test_what_is_no_override_is_refused(text):
 
 def test_known_keys_are_all_that_can_be_set():
     config = Config()
-    expected = set(GROUPS)
+    attacks = ("instructions", "arithmetic", "dialogues")
+    expected = {
+        *GROUPS,
+        *(f"{key}.{a}" for key in ("finetune.rows", "experiment.frozen") for a in attacks),
+    }
+    expected |= {
+        f"data.files.{name}" for name in ("harmful", "benign", *attacks, "harmbench", "hexphi")
+    }
     for top in fields(Config):
         node = getattr(config, top.name)
         if is_dataclass(node):
@@ -149,6 +156,7 @@ def test_files_of_a_data_source_can_be_overridden():
 def test_rows_of_an_attack_can_be_overridden():
     config = compose("smoke", ["finetune.rows.dialogues=8"])
     assert config.finetune.rows == {"dialogues": 8, "instructions": 16, "arithmetic": 16}
+    assert compose("laptop", ["experiment.frozen.dialogues=[ESU]"]).experiment.frozen["dialogues"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +172,7 @@ def test_rows_of_an_attack_can_be_overridden():
             "there is no 'Harmbench': did you mean 'HarmBench'",
         ),
         ("experiment.instructed=[arithmetics]", "did you mean 'arithmetic'"),
-        ("experiment.frozen={instruction: [ESU]}", "did you mean 'instructions'"),
+        ("experiment.frozen.instruction=[ESU]", "did you mean 'experiment.frozen.instructions'"),
         ("experiment.frozen.instructions=[ESU + 6 CU]", "'ESU + 6 CU' is no group of units"),
     ],
 )

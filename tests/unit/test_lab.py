@@ -158,7 +158,7 @@ def test_each_model_is_trained_once_measured_and_dropped(smoke_lab, trainings):
 
 def test_an_attacked_model_is_trained_from_its_base_before_that_is_dropped(smoke_lab, trainings):
     lab = smoke_lab(seed=6)
-    (arm,) = [a for a in catalogue.budget_arms(lab) if a.rule == "RU"]
+    (arm,) = [a for a in catalogue.budget_arms(lab) if a.units == "RU"]
     attacked = catalogue.attacked(lab, arm)
     collect(lab, [Measure(attacked, "ASR"), Measure(arm, "ASR"), Measure(arm, "drift")])
     begun = trainings()
@@ -249,7 +249,7 @@ def test_a_frozen_weight_that_changed_is_an_error(lab, monkeypatch):
         return record
 
     monkeypatch.setattr("ssah.training.aligning.supervised_finetune", slip)
-    monkeypatch.setattr("ssah.lab.stages.training.supervised_finetune", slip)
+    monkeypatch.setattr("ssah.training.supervised.supervised_finetune", slip)
     part = Part(train=catalogue.redundant(lab, 0.2))
     for model in (
         GIVEN.trained(REFUSALS, part, learning_rate=2.1e-3),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -67,6 +66,8 @@ def draw_matrix(
     after: Sequence[str] = GROUPS,
 ) -> None:
     """A heat map with its numbers: ``[before, after]`` per cent."""
+    import seaborn  # takes a second
+
     seaborn.heatmap(
         matrix, ax=axes, norm=SHARES, cmap="cividis", square=True, cbar=False,
         annot=True, fmt=".2f", annot_kws={"fontsize": 7}, xticklabels=after, yticklabels=before,

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.store import Handle
-from ...training.aligning import align_model
 from ...training.settings import AlignConfig, TrainingConfig
-from ...training.supervised import save_model, supervised_finetune
 from ..config import FinetuneConfig
 from ..lab import Lab
 from ..load import load_model
@@ -45,6 +43,9 @@ def _aligned(
 ) -> None:
     """Taught to refuse, and held in place on benign prompts; the rate falls, so that only the last
     epoch is a model."""
+    from ...training.aligning import align_model
+    from ...training.supervised import save_model
+
     config = AlignConfig(**settings)
     model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
     with lab.use(GIVEN) as reference:
@@ -68,6 +69,8 @@ def _finetuned(
 ) -> None:
     """Fine-tuned at a constant rate: the model after one epoch of a longer run is the model of a
     run of one epoch."""
+    from ...training.supervised import save_model, supervised_finetune
+
     model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
     with part.training(model):
         record = supervised_finetune(

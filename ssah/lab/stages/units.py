@@ -26,12 +26,11 @@ from ...scoring.search import Effect, Trial, search_share
 from ...text.batches import dialogue_batches
 from ...text.chat import encode_dialogue
 from ...units.families import BlockKind, UnitKind
-from ...units.layout import UnitLayout
 from ...units.mask import UnitMask
 from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
 from ..config import AttributionConfig, RolesConfig
 from ..lab import Lab
-from ..specs import GIVEN, Model
+from ..specs import Model
 from ..stage import stage
 from .answers import answers_to, completions
 from .lessons import Lesson
@@ -295,13 +294,3 @@ def conflict(lab: Lab, learned: Lesson) -> Scores:
     size = lab.config.finetune.micro_batch_size
     run = _conflict(lab, lab.aligned, learned, rows, refusals, config, size)
     return load_file(run.path("conflict.safetensors"))
-
-
-def stillness(lab: Lab, layout: UnitLayout) -> Scores:
-    """Minus the squared distance that alignment moved a unit's weights, by block ``[units]``."""
-    with lab.use(GIVEN) as before, lab.use(lab.aligned) as after:
-        first, second = (
-            {name: p.detach().float().cpu() for name, p in model.named_parameters()}
-            for model in (before, after)
-        )
-    return layout.totals({name: -((second[name] - first[name]) ** 2) for name in second})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ..lab import Lab
 from ..specs import GIVEN, Model
 from ..stage import stage
 from .answers import answers_to
-from .lessons import Lesson, heldout, lesson
+from .lessons import Lesson, heldout
 
 #: Token counts and summed losses of some texts.
 Losses = tuple[list[int], list[float]]
@@ -63,23 +62,6 @@ def attack_losses(lab: Lab, model: Model, attack: str) -> Losses:
     batch_size = lab.config.evaluate.batch_size
     run = _lesson_losses(lab, model, heldout(lab, attack), batch_size, label=attack)
     return tuple(run.json("losses.json"))
-
-
-def heldout_gain(lab: Lab, model: Model, attack: str, base: Model) -> Estimate:
-    """Nats per response token by which a model does better than another on the attack's held-out
-    rows: what the fine-tuning was for.
-
-    Rows whose prompt was trained on with another response do not count.
-    """
-    seen = {row.prompt for row in lesson(lab, attack).rows}
-    own, before = attack_losses(lab, model, attack), attack_losses(lab, base, attack)
-    pairs = [
-        (count, old - new)
-        for row, count, new, old in zip(heldout(lab, attack).rows, *own, before[1], strict=True)
-        if row.prompt not in seen
-    ]
-    ratio = perplexity(*zip(*pairs, strict=True))
-    return Estimate(math.log(ratio.value), math.log(ratio.low), math.log(ratio.high), ratio.n)
 
 
 # --- tasks -----------------------------------------------------------------------------------
