@@ -23,7 +23,7 @@ from ..core.files import write_atomically
 from ..core.runtime import commit, peak_memory_mib, provenance, seed_everything
 from ..lab.load import load_model
 from ..scoring.attribution import collect_statistics
-from ..scoring.selectors import magnitude_units, random_units, sized
+from ..scoring.selectors import magnitude, matched_by, random_rank, sized
 from ..text.batches import dialogue_batches
 from ..text.chat import encode_dialogue
 from ..text.forward import scored_logits
@@ -202,12 +202,13 @@ def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Tra
 def _redundant(layout: UnitLayout, model: PreTrainedModel, share: float = 0.2) -> UnitMask:
     """As many neurons as RU are, a share of all units, by one ranking over all layers."""
     neurons = share * layout.units / (~layout.none()).count("mlp")
-    return magnitude_units(model, layout, sized(layout, 0, neurons), largest=False)
+    rank = magnitude(layout, dict(model.named_parameters()))
+    return matched_by(layout, sized(layout, 0, neurons), rank)
 
 
 def _safety(layout: UnitLayout) -> UnitMask:
     """As many units as the paper's ESU and 6 % CU."""
-    return random_units(layout, sized(layout, 0.073, 0.073), seed=0)
+    return matched_by(layout, sized(layout, 0.073, 0.073), random_rank(layout, seed=0))
 
 
 @contextmanager

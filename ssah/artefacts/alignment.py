@@ -21,7 +21,7 @@ from ..lab.units_of import RU
 from . import Output
 from .draw import COLOURS, STYLE, ShownFigure, format_estimate
 from .freezing import name_of
-from .pick import arms_of, estimate, paper_rows
+from .pick import arms_of, estimate, filled, paper_rows
 
 #: How comparisons are called.
 GIVEN_MODEL, WHOLE, RANDOM = "unaligned", "all units", "random"
@@ -124,7 +124,7 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
         "benign prompts, nats per token. `make bench` has seconds and memory; ASR on other prompts "
         "and with a prefix is in measurements.csv. The paper aligns with instructions and reports "
         f"no safety: {printed}." + _which_seeds(table),
-        pd.DataFrame(rows).fillna(""),
+        filled(pd.DataFrame(rows)),
     )
 
 
@@ -224,12 +224,12 @@ def _draw_attacked(axes: Axes, table: pd.DataFrame, arms: list[dict[str, Any]]) 
     for row, arm in enumerate(arms[::-1]):
         marker, colour = _style(arm)
         attacked = arm | {"attack": MAIN_ATTACK, "epoch": 1}
-        for columns, filled in ((arm, False), (attacked, True)):
+        for columns, after in ((arm, False), (attacked, True)):
             e = estimate(table, "ASR", **columns)
             assert e is not None
             axes.errorbar(
                 e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt=marker,
-                color=colour, mfc=colour if filled else "white", ms=6, lw=0.8, capsize=2,
+                color=colour, mfc=colour if after else "white", ms=6, lw=0.8, capsize=2,
             )  # fmt: skip
     labels = [f"{name_of(arm)}  {number}" for number, arm in enumerate(arms, 1)]
     axes.set_yticks(range(len(arms)), labels[::-1], fontsize=7)

@@ -236,7 +236,7 @@ def _other_family(artefact: str, table: pd.DataFrame, config: Config, attack: st
         f"{config.model.name}. `make {artefact} HF_HUB_OFFLINE=0 "
         'ARGS="profile=paper model=mistral_7b_instruct"` measures it (one 80 GB GPU). The same '
         f"attack on this model is in {'table2' if attack == 'instructions' else 'table13'}.",
-        pd.DataFrame(paper_rows(artefact, columns, "fine-tuning: frozen")).fillna(""),
+        filled(pd.DataFrame(paper_rows(artefact, columns, "fine-tuning: frozen"))),
     )
 
 

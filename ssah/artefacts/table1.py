@@ -105,7 +105,19 @@ def _note(table: pd.DataFrame, config: Config) -> str:
         "Values are followed by 95 % intervals (Wilson; bootstrap for perplexity), with several "
         "seeds or draws the mean of each. Random and magnitude controls have as many heads and as "
         "many neurons, hence as many weights, as the group that they are named after. *mean*: what "
-        "the units say on average is put in their place." + _unmet_criteria(table)
+        "the units say on average is put in their place."
+        + _system_prompt(table)
+        + _unmet_criteria(table)
+    )
+
+
+def _system_prompt(table: pd.DataFrame) -> str:
+    """What that column means, where it was measured."""
+    if SYSTEM not in set(table["set"]):
+        return ""
+    return (
+        " System prompt: evaluate.system_prompt in a turn of its own or, where the chat template "
+        "has none (Gemma's), at the head of the user's."
     )
 
 

@@ -10,7 +10,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from . import Output
 from .draw import format_estimate
-from .pick import estimate, paper_rows
+from .pick import estimate, filled, paper_rows
 
 #: Column -> metric, on what, digits.
 _COLUMNS = {
@@ -55,13 +55,12 @@ def table11(table: pd.DataFrame, config: Config) -> Output:
         if row["perplexity"]:
             rows.append(row)
     rows += _paper_rows()
-    shown = pd.DataFrame(rows).fillna("")
     return Output(
         f"Here, {made}. For the paper's MT-bench stand perplexity of held-out answers, accuracy on "
         "trivia and arithmetic, and the share of benign prompts that are answered. ASR: harmful "
         "prompts that are answered, held-out ones of AdvBench and HarmBench; the paper's are "
         "judged by Llama Guard 3, on AdvBench and HEx-PHI.",
-        shown[[c for c in shown.columns if (shown[c] != "").any()]],
+        filled(pd.DataFrame(rows)),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..units.families import BlockKind
 from ..units.layout import UnitLayout
@@ -42,20 +42,23 @@ class Evidence(Protocol):
         ...
 
 
-def _random(evidence: Evidence) -> Rank:
+def random_rank(layout: UnitLayout, seed: int) -> Rank:
     """A uniform draw over all blocks."""
-    layout = evidence.layout
-    generator = torch.Generator().manual_seed(evidence.seed)
+    generator = torch.Generator().manual_seed(seed)
     return layout.split(torch.rand(layout.units, generator=generator))
 
 
-def _smallest_magnitude(evidence: Evidence) -> Rank:
-    """By the norm of a unit's columns in ``B``: plain magnitude pruning."""
-    weights, found = evidence.weights("aligned"), {}
-    for block in evidence.layout.blocks:
-        squared = (weights[f"{block.output}.weight"] ** 2).sum(0)
+def magnitude(layout: UnitLayout, weights: Mapping[str, Tensor]) -> Rank:
+    """Mean squared norm of a unit's columns in ``B``: plain magnitude pruning takes the lowest."""
+    found = {}
+    for block in layout.blocks:
+        squared = (weights[f"{block.output}.weight"].detach().float().cpu() ** 2).sum(0)
         found[block.name] = squared[block.channels].mean(1)
     return found
+
+
+def _smallest_magnitude(evidence: Evidence) -> Rank:
+    return magnitude(evidence.layout, evidence.weights("aligned"))
 
 
 def _largest_magnitude(evidence: Evidence) -> Rank:
@@ -74,7 +77,7 @@ def _turned(rank: Rank) -> Rank:
 
 
 RULES: dict[str, Callable[[Evidence], Rank]] = {
-    "random": _random,
+    "random": lambda evidence: random_rank(evidence.layout, evidence.seed),
     "largest magnitude": _largest_magnitude,
     "smallest magnitude": _smallest_magnitude,
     "lowest I_S - I_U": lambda evidence: evidence.difference(),
@@ -109,21 +112,3 @@ def sized(layout: UnitLayout, heads: float, neurons: float) -> UnitMask:
 def _attention(layout: UnitLayout) -> Tensor:
     """Which units are of attention blocks, bool ``[units]``."""
     return torch.cat([torch.full((b.units,), b.kind == "attn") for b in layout.blocks])
-
-
-def random_units(layout: UnitLayout, target: UnitMask, seed: int) -> UnitMask:
-    """As many random heads and neurons as ``target`` has."""
-    generator = torch.Generator().manual_seed(seed)
-    return matched_by(layout, target, layout.split(torch.rand(layout.units, generator=generator)))
-
-
-def magnitude_units(
-    model: nn.Module, layout: UnitLayout, target: UnitMask, *, largest: bool
-) -> UnitMask:
-    """Units with the largest (or smallest) norm of their columns in ``B``."""
-    norms = {}
-    for block in layout.blocks:
-        weight = block.projection(model).weight.detach().float().cpu()
-        squared = (weight**2).sum(0)[block.channels].mean(1)
-        norms[block.name] = -squared if largest else squared
-    return matched_by(layout, target, norms)

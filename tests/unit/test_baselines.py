@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from ssah.scoring.selectors import magnitude_units, matched_by, random_units, sized
+from ssah.scoring.selectors import RULES, matched_by, sized
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
@@ -24,6 +26,16 @@ def target_of(layout: UnitLayout, heads: int, neurons: int) -> UnitMask:
         own = [i for i, k in enumerate(kinds) if k == kind]
         mask[own[len(own) - wanted :]] = True
     return layout.mask(mask)
+
+
+def random_units(layout: UnitLayout, target: UnitMask, seed: int) -> UnitMask:
+    return matched_by(layout, target, RULES["random"](SimpleNamespace(layout=layout, seed=seed)))
+
+
+def magnitude_units(model, layout: UnitLayout, target: UnitMask, largest: bool) -> UnitMask:
+    rule = RULES["largest magnitude" if largest else "smallest magnitude"]
+    evidence = SimpleNamespace(layout=layout, weights=lambda _: dict(model.named_parameters()))
+    return matched_by(layout, target, rule(evidence))
 
 
 @pytest.mark.parametrize(("heads", "neurons"), [(3, 17), (0, 5), (1, 0), (8, 48), (0, 0)])
