@@ -9,6 +9,10 @@ class SsahError(RuntimeError):
     """Bad input or a missing prerequisite; the message names the cause and the remedy."""
 
 
+class InvalidValueError(SsahError, ValueError):
+    """An argument or a setting has a value that it cannot have."""
+
+
 class UnsupportedModelError(SsahError, ValueError):
     """The model's architecture has no unit layout."""
 

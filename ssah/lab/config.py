@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any, get_args
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -14,10 +17,14 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..core.errors import SsahError, suggestion
+from ..core.errors import InvalidValueError, SsahError, suggestion
 from ..core.paths import conf_dir
+from ..core.valid import all_within, check, one_of, require_word, some_of, within, within_each
 from ..data.settings import DataConfig
+from ..scoring.settings import VarianceOver
+from ..text.settings import Tokens
 from ..training.settings import AlignConfig, TrainingConfig
+from ..units.families import BlockKind, UnitKind
 
 
 @dataclass
@@ -27,9 +34,9 @@ class ModelConfig:
     name: str = MISSING
     source: str = MISSING
     revision: str | None = None
-    dtype: str = "float32"
-    attn_implementation: str = "sdpa"
-    chat_template: str | None = None  #: ``chatml``, or null for the tokenizer's own
+    dtype: str = one_of("float32", "float32", "bfloat16", "float16")
+    attn_implementation: str = one_of("sdpa", "sdpa", "eager", "flash_attention_2")
+    chat_template: str | None = one_of(None, "chatml")  #: null: the tokenizer's own
 
 
 @dataclass
@@ -40,23 +47,24 @@ class FinetuneConfig(TrainingConfig):
     the model of a run of one epoch. ``epochs`` is the length of the longest run.
     """
 
-    epochs: int = 2
-    rows: dict[str, int] = field(default_factory=dict)  #: attack -> rows to train on
-    heldout_rows: int = 32  #: of the attack's set, never trained on
-    max_response_tokens: int = 24
+    epochs: int = within(2, 1)
+    rows: dict[str, int] = within_each(1)  #: attack -> rows to train on
+    heldout_rows: int = within(32, 1)  #: of the attack's set, never trained on
+    answers_of: str | None = None  #: the model (of conf/model) that answers rows without a response
+    max_response_tokens: int = within(24, 1)
 
 
 @dataclass
 class AttributionConfig:
     """Statistics and score of eq. 1."""
 
-    samples: int = 120
-    max_response_tokens: int = 48
-    tokens: str = "response"  #: or ``all``
+    samples: int = within(120, 2)
+    max_response_tokens: int = within(48, 1)
+    tokens: str = one_of("response", *get_args(Tokens))
     drop_first: bool = False  #: with ``tokens=all``: leave out the first position
-    variance_over: str = "token"  #: or ``sample_mean``
-    unit_kind: str = "head"  #: or ``channel``, ``kv_group``
-    batch_size: int = 16
+    variance_over: str = one_of("token", *get_args(VarianceOver))
+    unit_kind: str = one_of("head", *get_args(UnitKind))
+    batch_size: int = within(16, 1)
 
 
 @dataclass
@@ -67,42 +75,42 @@ class RolesConfig:
     limits are ratios to it. ``redundant_kinds`` are the kinds of units that may be RU.
     """
 
-    redundant_kinds: list[str] = field(default_factory=lambda: ["attn", "mlp"])
-    ru_shares: list[float] = field(default_factory=lambda: [0.25, 0.2, 0.15, 0.1, 0.05])
-    esu_shares: list[float] = field(default_factory=lambda: [0.03, 0.02, 0.013, 0.01, 0.005])
-    euu_shares: list[float] = field(default_factory=lambda: [0.15, 0.1, 0.05])
-    ru_max_asr_rise: float = 0.1
-    ru_max_perplexity_ratio: float = 1.5
-    esu_min_asr_rise: float = 0.4
-    esu_max_perplexity_ratio: float = 1.5
-    euu_min_perplexity_ratio: float = 1.5
+    redundant_kinds: list[str] = some_of(*get_args(BlockKind))
+    ru_shares: list[float] = all_within([0.25, 0.2, 0.15, 0.1, 0.05], 0, 1, fewest=1)
+    esu_shares: list[float] = all_within([0.03, 0.02, 0.013, 0.01, 0.005], 0, 1, fewest=1)
+    euu_shares: list[float] = all_within([0.15, 0.1, 0.05], 0, 1, fewest=1)
+    ru_max_asr_rise: float = within(0.1, 0, 1)
+    ru_max_perplexity_ratio: float = within(1.5, 1)
+    esu_min_asr_rise: float = within(0.4, 0, 1)
+    esu_max_perplexity_ratio: float = within(1.5, 1)
+    euu_min_perplexity_ratio: float = within(1.5, 1)
 
 
 @dataclass
 class EvaluateConfig:
     """Safety and utility measurements."""
 
-    max_new_tokens: int = 24
-    batch_size: int = 100
+    max_new_tokens: int = within(24, 1)
+    batch_size: int = within(100, 1)
     system_prompt: str = MISSING
-    harmbench: int | None = None  #: prompts, evenly spread over the set; null: all of them
-    do_not_answer: int | None = None  #: the same of Do-Not-Answer
-    utility: str = "batched"  #: or ``lm_eval``
-    trivia_items: int = 100
-    arithmetic_items: int = 50
-    perplexity_rows: int = 60
+    harmbench: int | None = within(None, 1)  #: prompts, evenly spread; null: all of the set
+    do_not_answer: int | None = within(None, 1)  #: the same of Do-Not-Answer
+    utility: str = one_of("batched", "batched", "lm_eval")
+    trivia_items: int = within(100, 1)
+    arithmetic_items: int = within(50, 1)
+    perplexity_rows: int = within(60, 1)
     lm_eval_tasks: list[str] = field(default_factory=list)
-    lm_eval_limit: int | None = None
+    lm_eval_limit: int | None = within(None, 1)
 
 
 @dataclass
 class ProbesConfig:
     """Reasoning direction: where states are compared, and on how many queries of each set."""
 
-    positions: list[int] = field(default_factory=lambda: [2, 4, 6, 8, 10])  #: generated tokens
-    opening_tokens: int = 8  #: to which all openings are cut
-    evaluation_queries: int = 50  #: of the evaluation prompts
-    queries: int = 24  #: of every other set, and at words that all models read
+    positions: list[int] = all_within([2, 4, 6, 8, 10], 1, fewest=1)  #: generated tokens
+    opening_tokens: int = within(8, 1)  #: to which all openings are cut
+    evaluation_queries: int = within(50, 2)  #: of the evaluation prompts
+    queries: int = within(24, 2)  #: of every other set, and at words that all models read
 
 
 @dataclass
@@ -114,18 +122,18 @@ class ExperimentConfig:
     """
 
     removed: list[str] = field(default_factory=list)  #: arms of Table 1
-    removed_draws: int = 1  #: random controls of the groups among them
+    removed_draws: int = within(1, 0)  #: random controls of the groups among them
     removed_asked: list[str] = field(default_factory=list)  #: other prompts for these groups
-    sweep_shares: list[float] = field(default_factory=list)  #: to remove in fig_share_sweep
-    sweep_draws: int = 1
+    sweep_shares: list[float] = all_within([], 0, 1)  #: to remove in fig_share_sweep
+    sweep_draws: int = within(1, 0)
     frozen: dict[str, list[str]] = field(default_factory=dict)  #: attack -> groups or rules
-    frozen_draws: int = 1  #: random controls of ESU + 6 % CU
-    cu_percents: list[float] = field(default_factory=list)  #: frozen beside ESU in fig8
+    frozen_draws: int = within(1, 0)  #: random controls of ESU + 6 % CU
+    cu_percents: list[float] = all_within([], 0, 100)  #: frozen beside ESU in fig8
     frozen_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 2
     conditions: list[str] = field(default_factory=list)  #: arms of fig_conditions beside Table 2's
-    ru_share: float = 0.2  #: what Table 4 calls RU
+    ru_share: float = within(0.2, high=1, above=0)  #: what Table 4 calls RU
     aligned_through: list[str] = field(default_factory=list)  #: arms of Table 4
-    ru_shares: list[float] = field(default_factory=list)  #: other shares of RU in Table 4
+    ru_shares: list[float] = all_within([], 0, 1)  #: other shares of RU in Table 4
     aligned_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 4
     instructed: list[str] = field(default_factory=list)  #: attacks whose rows Table 4 teaches
 
@@ -135,8 +143,10 @@ class RuntimeConfig:
     """How to run; nothing here changes what is computed beyond rounding."""
 
     device: str = "auto"
-    threads: int | None = None
-    processes: int | None = None  #: jobs side by side; null: what memory and cores allow
+    threads: int | None = within(None, 1, 1024)
+    processes: int | None = within(
+        None, 1, 1024
+    )  #: jobs side by side; null: what memory and cores allow
 
 
 @dataclass
@@ -144,9 +154,11 @@ class Config:
     """Everything. ``name`` is the profile's; seeds are ``seed`` ... ``seed + n_seeds - 1``."""
 
     name: str = MISSING
-    seed: int = 0
-    n_seeds: int = 1
-    headline_seeds: int = 0  #: of Table 1 and the main attack of Table 2, where more than n_seeds
+    seed: int = within(0, 0, 2**32 - 1)
+    n_seeds: int = within(1, 1, 1000)
+    headline_seeds: int = within(
+        0, 0, 1000
+    )  #: of Table 1 and the main attack of Table 2, where more than n_seeds
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -205,11 +217,43 @@ def compose(profile: str = "laptop", overrides: list[str] | None = None) -> Conf
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = hydra_compose("config", [f"profile={profile}", *overrides])
         config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SsahError(f"Cannot compose the configuration: {reason}") from error
     assert isinstance(config, Config)
+    check(config)
+    _check_together(config)
     return config
+
+
+def _check_together(config: Config) -> None:
+    """Values that do not fit each other, or a folder's name."""
+    if not re.fullmatch(r"[\w.-]+", config.model.name):
+        raise InvalidValueError(
+            f"model.name={config.model.name!r} is part of folder names: use letters, digits, '_', "
+            "'.' and '-'."
+        )
+    for name, training in (("align", config.align), ("finetune", config.finetune)):
+        size, part = training.batch_size, training.micro_batch_size
+        if size > part and size % part:
+            raise InvalidValueError(
+                f"{name}.batch_size={size} is no multiple of {name}.micro_batch_size={part}: "
+                "change one of them."
+            )
+    roles = config.roles
+    largest = max(roles.ru_shares) + max(roles.esu_shares) + max(roles.euu_shares)
+    if largest > 1:
+        raise InvalidValueError(
+            "The largest of roles.ru_shares, roles.esu_shares and roles.euu_shares are "
+            f"{largest:.0%} of all units together: make them smaller."
+        )
+
+
+def model_config(name: str) -> ModelConfig:
+    """A model by the name of its file in ``conf/model``."""
+    valid = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+    require_word("finetune.answers_of", name, valid)
+    return compose("laptop", [f"model={name}"]).model
 
 
 def split_profile(overrides: list[str]) -> tuple[str, list[str]]:
@@ -225,12 +269,57 @@ def check_keys(overrides: list[str]) -> None:
         try:
             parsed = OverridesParser.create().parse_override(override)
         except HydraException as error:
-            raise SsahError(f"'{override}' is not of the form key=value.") from error
+            key, sign, value = override.partition("=")
+            if not sign or not re.fullmatch(r"[+~]*[\w./@]+", key):
+                raise SsahError(f"'{override}' is not of the form key=value.") from error
+            raise SsahError(
+                f"The value of {key} cannot be read: put it in quotes, and once more in others for "
+                f"the shell, as in '{key}=\"{value}\"'."
+            ) from error
         key = parsed.key_or_group
         # What a file of the user's holds is told below its name: data.files.harmful.prompt.
         named = ".".join(key.split(".")[:3])
         if not {key, named} & set(known_keys()) and not key.startswith(("hydra.", "hydra/")):
             raise SsahError(f"Unknown override '{key}'{suggestion(key, known_keys())}")
+
+
+def with_absolute_paths(override: str) -> str:
+    """The override with the path of a file or folder made absolute: what a notebook is given must
+    not depend on the folder that the command was called in."""
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_sweep_override():
+        return override
+    key, value = parsed.get_key_element(), parsed.value()
+    made = _made_absolute(key.lstrip("+"), value)
+    return override if made == value else f"{key}={_quoted(made)}"
+
+
+def _made_absolute(key: str, value: Any) -> Any:
+    """A value with the paths in it made absolute, where its key is one that names files."""
+    if isinstance(value, dict) and re.fullmatch(r"data\.files(\.\w+)?", key):
+        return {name: _made_absolute(f"{key}.{name}", part) for name, part in value.items()}
+    if re.fullmatch(r"model\.source|data\.files\.\w+(\.path)?", key) and _is_relative(value):
+        return str(Path(value).absolute())
+    return value
+
+
+def _is_relative(path: Any) -> bool:
+    return (
+        isinstance(path, str)
+        and path not in ("embedded", "tiny")
+        and not Path(path).is_absolute()
+        and Path(path).exists()
+    )
+
+
+def _quoted(value: Any) -> str:
+    """A value as Hydra reads it."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_quoted(part)}' for name, part in value.items())}}}"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return "null" if value is None else str(value).lower()
 
 
 def sweep_points(overrides: list[str]) -> list[list[str]]:

@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.errors import InvalidValueError
+from ..core.valid import require_finite, require_word
 from ..text.batches import Batch
 from ..units.layout import UnitLayout
+from .settings import VarianceOver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-VarianceOver = Literal["token", "sample_mean"]
 
 
 class Moments:
@@ -97,8 +97,9 @@ def collect_statistics(
     ``variance_over="token"`` takes every counted token as one observation (what the code of FLAP
     computes); ``"sample_mean"`` takes each sample's mean over its counted tokens. Padding never
     counts. The forward pass stops before the language-model head: logits are not needed.
-    Raises ``ValueError`` when no token was counted.
+    Raises ``ValueError`` when no token was counted, or where an activation is not finite.
     """
+    require_word("variance_over", variance_over, get_args(VarianceOver))
     moments = {b.name: Moments(b.channels.numel(), model.device) for b in layout.blocks}
     counted: Tensor | None = None
 
@@ -139,7 +140,11 @@ def collect_statistics(
         model.train(was_training)
     observations = next(iter(moments.values())).count
     if observations == 0:
-        raise ValueError("No token was counted: the responses of the attribution set are empty.")
+        raise InvalidValueError(
+            "No token was counted: the responses of the attribution set are empty."
+        )
+    for name, found in moments.items():
+        require_finite(found.variance, f"what enters the output projection of {name}")
     return ActivationStatistics(
         {name: m.mean.cpu() for name, m in moments.items()},
         {name: m.variance.cpu() for name, m in moments.items()},
@@ -155,6 +160,7 @@ def unit_scores(
     for block in layout.blocks:
         weight = block.projection(model).weight.detach().double().cpu()
         channel = statistics.variance[block.name] * (weight**2).sum(0)
+        require_finite(channel, f"the score of {block.name}")
         standardised = (channel - channel.mean()) / channel.std().clamp(min=1e-12)
         scores[block.name] = standardised[block.channels].mean(1)
     return scores

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..core.valid import require_finite
 from ..text.batches import Batch
 from ..text.forward import scored_logits
 from ..units.layout import UnitLayout
@@ -31,10 +32,14 @@ def gradient_conflict(
     By block, ``[units]``, float32 on the CPU: minus the sum over a unit's weights of the safety
     loss's gradient times the sign of the training loss's gradient. To first order, and times the
     rate, that is what Adam's first step on this unit alone does. Rows that heads share count for
-    each of them. The losses are of the counted tokens. The model is left as it was.
+    each of them. The losses are of the counted tokens. The model is left as it was. Raises
+    ``ValueError`` where a gradient is not finite.
     """
     step = _gradients(model, layout, training)
     hurt = _gradients(model, layout, safety)
+    for name in hurt:
+        for gradient in (step[name], hurt[name]):
+            require_finite(gradient, f"the gradient of {name}")
     return layout.totals({name: -hurt[name] * step[name].sign() for name in hurt})
 
 
@@ -43,8 +48,10 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Gradients of the summed loss for every weight of the layout, float32 on the CPU."""
     required = {name: p.requires_grad for name, p in model.named_parameters()}
+    was_training = model.training
     wanted = {part.parameter for block in layout.blocks for part in block.slices}
     try:
+        model.eval()  # dropout would add noise
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
         chosen = {name: p for name, p in model.named_parameters() if name in wanted}
@@ -54,6 +61,7 @@ def _gradients(
             for name, gradient in zip(chosen, found, strict=True):
                 total[name] += gradient
     finally:
+        model.train(was_training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
     return {name: gradient.cpu() for name, gradient in total.items()}

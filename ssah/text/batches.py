@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
+
+from ..core.valid import require_word
+from .settings import Tokens
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -30,7 +34,7 @@ def dialogue_batches(
     pairs: Sequence[tuple[list[int], list[int]]],
     batch_size: int,
     *,
-    tokens: str = "response",
+    tokens: Tokens = "response",
     drop_first: bool = False,
     side: str = "right",
 ) -> Iterator[Batch]:
@@ -39,6 +43,7 @@ def dialogue_batches(
     Counted are the positions that carry a response token (``tokens="response"``) or every real
     token (``"all"``, with ``drop_first`` without the first, an attention sink).
     """
+    require_word("tokens", tokens, get_args(Tokens))
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     for start in range(0, len(order), batch_size):
         chosen = [pairs[i] for i in order[start : start + batch_size]]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..core.valid import require_word
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
+
+#: What is put in the place of units that are removed: nothing, or what they say on average.
+Mode = Literal["zero", "mean"]
 
 
 @contextmanager
@@ -18,7 +22,7 @@ def ablate(
     model: nn.Module,
     layout: UnitLayout,
     mask: UnitMask,
-    mode: Literal["zero", "mean"] = "zero",
+    mode: Mode = "zero",
     mean: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Context manager under which the chosen units say nothing.
@@ -30,6 +34,7 @@ def ablate(
     bits again.
     """
     layout.require(mask)
+    require_word("mode", mode, get_args(Mode))
     if mode == "mean" and mean is None:
         raise ValueError("Mean ablation needs the activation means of the units.")
     saved: list[tuple[nn.Linear, Tensor, Tensor]] = []

@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import InvalidValueError, UnsupportedModelError
+from ..core.valid import require_word
 from .families import BlockKind, Family, UnitKind, family_of
 from .mask import UnitMask
 
@@ -98,6 +100,7 @@ class UnitLayout:
         :class:`UnsupportedModelError` naming the model type where the architecture (a mixture of
         experts, say) is not one of :data:`ssah.units.families.FAMILIES`.
         """
+        require_word("unit_kind", unit_kind, get_args(UnitKind))
         config = model.config.get_text_config()
         family = family_of(config.model_type)
         outputs = (
@@ -106,14 +109,20 @@ class UnitLayout:
         )
         pattern = re.compile(rf"layers\.(\d+)\.({'|'.join(map(re.escape, outputs))})$")
         blocks = []
-        for path, module in model.named_modules():
+        for path, _ in model.named_modules():
             found = pattern.search(path)
-            if found and isinstance(module, nn.Linear):
+            if found:
                 parent, layer = path.rpartition(".")[0], int(found[1])
                 if found[2] == outputs[0]:
                     blocks.append(_attention_block(model, config, family, parent, layer, unit_kind))
                 else:
                     blocks.append(_mlp_block(model, family, parent, layer))
+        expected = 2 * config.num_hidden_layers
+        if len(blocks) != expected:
+            raise UnsupportedModelError(
+                f"{len(blocks)} of the {expected} attention and MLP blocks of this "
+                f"{config.model_type} were found: is it whole, and no mixture of experts?"
+            )
         return cls(config.model_type, unit_kind, tuple(blocks))
 
     def __getitem__(self, name: str) -> Block:
@@ -141,7 +150,7 @@ class UnitLayout:
         if mask.unit_kind != self.unit_kind or mask.sizes() != {
             b.name: b.units for b in self.blocks
         }:
-            raise ValueError(
+            raise InvalidValueError(
                 f"The mask ({mask.unit_kind}, {len(mask)} blocks) does not fit a "
                 f"{self.model_type} with {self.unit_kind} units in {len(self.blocks)} blocks."
             )
@@ -176,9 +185,28 @@ class UnitLayout:
         return torch.cat([by_block[b.name] for b in self.blocks])
 
 
+def _plain_linear(model: nn.Module, path: str) -> nn.Linear:
+    """The linear layer there; :class:`UnsupportedModelError` for whatever else stands in its place,
+    which may keep its weights elsewhere, or packed."""
+    module = model.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        remedy = (
+            "merge the adapter first (merge_and_unload)"
+            if hasattr(module, "base_layer")
+            else "load the model without a wrapper around its layers"
+        )
+    elif type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
+        remedy = "load the model unquantised and unsharded"
+    else:
+        return module
+    found = type(module.weight if isinstance(module, nn.Linear) else module)
+    kind = f"{found.__module__}.{found.__qualname__}"
+    raise UnsupportedModelError(f"{path} is a {kind}, not a plain linear layer: {remedy}.")
+
+
 def _slices(model: nn.Module, path: str, dim: int, index: Tensor) -> list[Slices]:
     """The weight (and, for rows, the bias) of a linear layer cut by unit."""
-    linear = cast(nn.Linear, model.get_submodule(path))
+    linear = _plain_linear(model, path)
     length, width = linear.weight.shape[dim], linear.weight.shape[1 - dim]
     cut = [Slices(f"{path}.weight", dim, index, width, length)]
     if dim == 0 and linear.bias is not None:
@@ -205,7 +233,7 @@ def _input_slices(
 
 def _mlp_block(model: nn.Module, family: Family, parent: str, layer: int) -> Block:
     output = f"{parent}.{family.mlp_output}"
-    width = cast(nn.Linear, model.get_submodule(output)).in_features
+    width = _plain_linear(model, output).in_features
     neurons = torch.arange(width)[:, None]
     slices = _input_slices(model, parent, family.mlp_inputs, [(neurons, width)] * 2)
     slices += _slices(model, output, 1, neurons)
@@ -217,7 +245,7 @@ def _attention_block(
 ) -> Block:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     output = f"{parent}.{family.attention_output}"
-    head_dim = cast(nn.Linear, model.get_submodule(output)).in_features // heads
+    head_dim = _plain_linear(model, output).in_features // heads
     channels = torch.arange(heads * head_dim).view(heads, head_dim)
     queries: Tensor | None = channels
     kv_rows = torch.arange(kv_heads * head_dim).view(kv_heads, head_dim)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..core.errors import InvalidValueError
 from .families import BlockKind, UnitKind
 
 
@@ -37,7 +38,7 @@ class UnitMask(Mapping[str, Tensor]):
 
     def _combine(self, other: UnitMask, operation: Callable[[Tensor, Tensor], Tensor]) -> UnitMask:
         if self.sizes() != other.sizes() or self.unit_kind != other.unit_kind:
-            raise ValueError(
+            raise InvalidValueError(
                 "The two masks belong to different layouts: their blocks or kinds of unit differ."
             )
         combined = {name: operation(self[name], other[name]) for name in self}

@@ -5,6 +5,7 @@ The paper's third arXiv version calls ESU and EUU "SCU" and "UCU"; the groups ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..core.errors import InvalidValueError
+from ..core.valid import require_word
 from .families import BlockKind, UnitKind
 from .layout import UnitLayout
 from .mask import UnitMask
@@ -32,7 +35,7 @@ class Shares:
     def __post_init__(self) -> None:
         parts = (self.ru, self.esu, self.euu)
         if min(parts) < 0 or sum(parts) > 1 + 1e-9:  # 0.34 + 0.55 + 0.11 exceeds 1 by rounding
-            raise ValueError(f"Shares must be >= 0 and sum to at most 1, not {parts}.")
+            raise InvalidValueError(f"Shares must be >= 0 and sum to at most 1, not {parts}.")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,7 @@ class Roles:
 
     def mask(self, group: str) -> UnitMask:
         """The units of one group: ``"ESU"``, ``"EUU"``, ``"CU"`` or ``"RU"``."""
-        if group not in GROUPS:
-            raise ValueError(f"Unknown group '{group}': choose from {', '.join(GROUPS)}.")
+        require_word("group", group, GROUPS)
         code = GROUPS.index(group)
         chosen = {name: part == code for name, part in self.labels.items()}
         return UnitMask(chosen, self.unit_kind)
@@ -63,8 +65,10 @@ class Roles:
         member = torch.cat(list(self.mask(group).values()))
         difference = torch.cat(list(self.difference.values()))
         wanted = round(fraction * len(member))
+        if fraction < 0:
+            raise InvalidValueError(f"{fraction:.1%} of all units is less than none.")
         if wanted > int(member.sum()):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{fraction:.1%} of all units is more than all of {group} "
                 f"({int(member.sum()) / len(member):.1%})."
             )
@@ -79,11 +83,19 @@ class Roles:
         """Union of groups such as ``select("ESU", "CU:6%")``; a percentage is of all units."""
         masks = []
         for item in groups:
-            group, _, percent = item.partition(":")
-            fraction = float(percent.removesuffix("%")) / 100 if percent else None
-            masks.append(self.mask(group) if fraction is None else self.top(group, fraction))
+            group, colon, percent = item.partition(":")
+            if not colon:
+                masks.append(self.mask(group))
+            # Without the sign, 0.06 might mean a fraction.
+            elif re.fullmatch(r"\d+(\.\d+)?%|[1-9]\d*(\.\d+)?", percent):
+                masks.append(self.top(group, float(percent.removesuffix("%")) / 100))
+            else:
+                raise InvalidValueError(
+                    f"'{item}' is no group of units: write a group, or a group and a percentage of "
+                    "all units, such as CU:6%."
+                )
         if not masks:
-            raise ValueError("Name at least one group to select.")
+            raise InvalidValueError("Name at least one group to select.")
         union = masks[0]
         for mask in masks[1:]:
             union = union | mask
@@ -122,7 +134,7 @@ def classify(
     labels = torch.full((layout.units,), GROUPS.index("CU"), dtype=torch.int8)
     eligible = torch.cat([torch.full((b.units,), b.kind in redundant_kinds) for b in layout.blocks])
     if round(shares.ru * layout.units) > int(eligible.sum()):
-        raise ValueError(
+        raise InvalidValueError(
             f"A share of {shares.ru:.1%} is more than the {', '.join(redundant_kinds)} units."
         )
     total = total.masked_fill(~eligible, torch.inf)

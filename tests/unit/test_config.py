@@ -119,7 +119,10 @@ def test_a_missing_value_is_refused():
 
 @pytest.mark.parametrize("text", ["seed", "=1", "seed=[1", "a b=1"])
 def test_what_is_no_override_is_refused(text):
-    with pytest.raises(SsahError, match=r"not of the form key=value|Unknown override"):
+    with pytest.raises(
+        SsahError,
+        match=r"not of the form key=value|Unknown override|cannot be read: put it in quotes",
+    ):
         check_keys([text])
 
 
@@ -131,7 +134,8 @@ def test_known_keys_are_all_that_can_be_set():
         *(f"{key}.{a}" for key in ("finetune.rows", "experiment.frozen") for a in attacks),
     }
     expected |= {
-        f"data.files.{name}" for name in ("harmful", "benign", *attacks, "harmbench", "hexphi")
+        f"data.files.{name}"
+        for name in ("harmful", "benign", *attacks, "harmbench", "hexphi", "do_not_answer")
     }
     for top in fields(Config):
         node = getattr(config, top.name)

@@ -151,9 +151,9 @@ def test_select_unites_groups(roles):
 
 @pytest.mark.parametrize("group", ["SCU", "esu", ""])
 def test_unknown_group_is_an_error(roles, group):
-    with pytest.raises(ValueError, match="choose from RU, ESU, EUU, CU"):
+    with pytest.raises(ValueError, match=r"choose from RU, ESU, EUU, CU|did you mean 'CU'"):
         roles.mask(group)
-    with pytest.raises(ValueError, match="Unknown group"):
+    with pytest.raises(ValueError, match=r"group='.*' is unknown"):
         roles.select(f"{group}:5%")
 
 

@@ -15,16 +15,13 @@ from ...core.store import Handle
 from ...data.rows import Row
 from ...evaluate import judges
 from ...evaluate.judges import attack_success
-from ...scoring.attribution import (
-    ActivationStatistics,
-    VarianceOver,
-    collect_statistics,
-    unit_scores,
-)
+from ...scoring.attribution import ActivationStatistics, collect_statistics, unit_scores
 from ...scoring.conflict import gradient_conflict
 from ...scoring.search import Effect, Trial, search_share
+from ...scoring.settings import VarianceOver
 from ...text.batches import dialogue_batches
 from ...text.chat import encode_dialogue
+from ...text.settings import Tokens
 from ...units.families import BlockKind, UnitKind
 from ...units.mask import UnitMask
 from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
@@ -62,7 +59,7 @@ def _statistics(
     batches = dialogue_batches(
         pairs,
         attribution.batch_size,
-        tokens=attribution.tokens,
+        tokens=cast(Tokens, attribution.tokens),
         drop_first=attribution.drop_first,
     )
     layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
