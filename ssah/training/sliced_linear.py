@@ -26,7 +26,8 @@ class _SlicedProduct(torch.autograd.Function):
         index: Tensor,
         dim: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, index)
+        # Of the input only what meets a trained column: the rest can be freed.
+        ctx.save_for_backward(x if dim == 0 else x[..., index], weight, index)
         ctx.dim = dim
         return nn.functional.linear(x, weight, bias)
 
@@ -36,10 +37,7 @@ class _SlicedProduct(torch.autograd.Function):
         (gradient,) = gradients
         x, weight, index = ctx.saved_tensors
         to_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        if ctx.dim == 0:
-            out, into = gradient[..., index], x
-        else:
-            out, into = gradient, x[..., index]
+        out, into = gradient[..., index] if ctx.dim == 0 else gradient, x
         out, into = out.reshape(-1, out.shape[-1]), into.reshape(-1, into.shape[-1])
         to_bias = out.sum(0) if ctx.needs_input_grad[2] else None
         return to_x, out.T @ into, to_bias, None, None, None, None

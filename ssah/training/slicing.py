@@ -14,18 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
+from ..core.valid import require_word
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.positions import owned
 from .optimizer_state import forget, hand_back, hand_over
 from .sliced_linear import SlicedLinear
+from .state_check import StateCheck, release, unmark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +85,9 @@ def train_only(
     Embeddings, norms and the language-model head are frozen as well (paper, section 5). Create the
     optimizer (or call ``Trainer.train``) inside. Key and value rows that a trained head shares with
     a frozen one are frozen, unless ``shared_rows="trained"``. On exit the model is a plain one
-    again. Raises ``ValueError`` where the mask does not fit the model.
+    again. Raises ``ValueError`` where the mask does not fit the model, and at the first step of an
+    optimizer that was made elsewhere, or whose state (in a checkpoint that a Trainer resumes, say)
+    was made under another mask.
 
     A mask that changes in mid-run is one block after another. To keep momentum from block to block,
     pass the ``optimizer`` (made before them, outside): what trains keeps its state, what is frozen
@@ -120,6 +127,7 @@ def _partly_trained(
     thaw: bool,
 ) -> Iterator[None]:
     """``rest``: what belongs to no unit trains; ``thaw``: so do units that required no gradient."""
+    require_word("shared_rows", shared_rows, get_args(SharedRows))
     if any(isinstance(module, SlicedLinear) for module in model.modules()):
         raise ValueError("The model is inside another train_only or freeze_units block.")
     layout = UnitLayout.of(model, trained.unit_kind)
@@ -133,6 +141,7 @@ def _partly_trained(
         flags = {n: required[n] and rest for n in required}
         _require_gradients(model, flags | {n: required[n] or thaw for n in ours})
         restored: list[_Restored] = []
+        parts: dict[nn.Parameter, nn.Parameter] = {}
         for path, found in positions.items():
             dim, trains = found.dim, found.chosen | (~found.of_units & rest)
             linear = cast(nn.Linear, model.get_submodule(path))
@@ -148,7 +157,9 @@ def _partly_trained(
                 owner = model.get_submodule(parent)
                 sliced = SlicedLinear(linear, index, dim)
                 setattr(owner, child, sliced)
+                parts |= _parts_of(linear, sliced)
                 stack.callback(setattr, owner, child, linear)
+                stack.callback(release, sliced.part)
                 stack.callback(sliced.merge)
                 if optimizer is not None:
                     _hand_over(optimizer, linear, sliced, stack)
@@ -160,10 +171,17 @@ def _partly_trained(
                         stack.callback(restored[-1].release)
                         if optimizer is not None:
                             forget(optimizer, parameter, frozen, dim)
+        size = f"{trained.count():,} of {layout.units:,} units train"
+        beside = "everything else" if rest else "nothing else"
+        what = f"{size} and {beside} (mask {trained.digest()[:10]}, shared rows {shared_rows})"
+        check = StateCheck(what, parts, model.parameters())
+        stack.callback(register_optimizer_step_pre_hook(check).remove)
         if optimizer is not None:
             for parameter in model.parameters():
                 if not parameter.requires_grad:
                     optimizer.state.pop(parameter, None)
+            check.mark(optimizer)
+            stack.callback(unmark, optimizer)
         if restored:
 
             def restore_all(*_: Any) -> None:
@@ -174,14 +192,19 @@ def _partly_trained(
         yield
 
 
+def _parts_of(linear: nn.Linear, sliced: SlicedLinear) -> dict[nn.Parameter, nn.Parameter]:
+    """What trains of the layer's whole parameters."""
+    parts = {cast(nn.Parameter, linear.weight): sliced.part}
+    if sliced.bias_part is not None and sliced.dim == 0:
+        parts[linear.bias] = sliced.bias_part
+    return parts
+
+
 def _hand_over(
     optimizer: Optimizer, linear: nn.Linear, sliced: SlicedLinear, stack: ExitStack
 ) -> None:
     """Give the optimizer the sliced parameters in place of the whole ones until ``stack`` ends."""
-    pairs = [(cast(nn.Parameter, linear.weight), sliced.part)]
-    if sliced.bias_part is not None and sliced.dim == 0:
-        pairs.append((linear.bias, sliced.bias_part))
-    for whole, part in pairs:
+    for whole, part in _parts_of(linear, sliced).items():
         hand_over(optimizer, whole, part, sliced.index, sliced.dim)
         stack.callback(hand_back, optimizer, whole, part, sliced.index, sliced.dim)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..core.errors import SsahError
 from ..core.progress import quiet
 from ..core.runtime import seed_everything
 from ..text.batches import pad
@@ -124,13 +125,13 @@ def supervised_finetune(
             embedding.requires_grad_(False)
     rows: list[dict[str, Any]] = [{"prompt": p, "response": r} for p, r in dialogues]
     rows += [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
-    work = folder / "trainer"
+    work = folder / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(work),
         seed=seed,
         data_seed=seed,
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.micro_batch_size,
+        per_device_train_batch_size=min(config.micro_batch_size, config.batch_size),
         gradient_accumulation_steps=max(config.batch_size // config.micro_batch_size, 1),
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if constant_rate else "linear",
@@ -148,6 +149,11 @@ def supervised_finetune(
         use_cpu=model.device.type == "cpu",
         use_cache=True,  # it is the saved model's setting; the loss asks for no cache by itself
     )
+    if max(arguments.n_gpu, arguments.world_size) > 1:
+        raise SsahError(
+            "Trainings of a study run in one process on one device: set CUDA_VISIBLE_DEVICES=0, or "
+            "send each model to a device of its own with `ssah submit`."
+        )
     trainer = ResponseTrainer(
         model=model,
         args=arguments,

@@ -48,7 +48,7 @@ def finished(process: subprocess.Popen[str]) -> Path:
 
 def checkpoints(home: Path) -> list[int]:
     """Steps of the checkpoints that lie there now."""
-    found = home.glob("runs/train_dialogues-*.partial/trainer/checkpoint-*")
+    found = home.glob("runs/train_dialogues-*.partial/checkpoints/checkpoint-*")
     return sorted(int(path.name.rpartition("-")[2]) for path in found)
 
 
@@ -83,4 +83,4 @@ def test_a_kill_costs_at_most_one_checkpoint_interval(project, tmp_path):
             for folder in (whole, resumed)
         )
         assert all(first[name].equal(second[name]) for name in first), epoch
-    assert not (resumed / "trainer").exists()
+    assert not (resumed / "checkpoints").exists()

@@ -191,7 +191,7 @@ def test_resumed_training_of_some_units_equals_uninterrupted(fresh, tmp_path, mo
         patch.setattr(finetune, "ResponseTrainer", Interrupted)
         with pytest.raises(Interruption):
             run(folder)
-    assert {path.name for path in folder.iterdir()} == {"trainer", "epoch-1"}
+    assert {path.name for path in folder.iterdir()} == {"checkpoints", "epoch-1"}
     saved = (folder / "epoch-1" / "model.safetensors").stat().st_mtime_ns
 
     torch.manual_seed(99)  # a new process would not have the old one's random state

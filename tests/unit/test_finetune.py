@@ -177,7 +177,7 @@ def test_resumed_training_equals_uninterrupted(families, tmp_path, monkeypatch, 
         patch.setattr(finetune, "ResponseTrainer", Interrupted)
         with pytest.raises(Interruption):
             supervised_finetune(families("llama", attention_dropout=0.1), pairs, config, 5, folder)
-    assert [p.name for p in (folder / "trainer").iterdir()] == ["checkpoint-4"]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["checkpoint-4"]
 
     steps = []
 
@@ -195,7 +195,7 @@ def test_resumed_training_equals_uninterrupted(families, tmp_path, monkeypatch, 
     assert record == expected
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
-    assert not (folder / "trainer").exists()
+    assert not (folder / "checkpoints").exists()
 
 
 def test_saved_model_loads_with_the_same_weights(tiny_model, tmp_path):
