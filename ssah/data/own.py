@@ -31,7 +31,7 @@ def toy_sets(config: DataConfig) -> dict[str, list[Row]]:
     toy = ToyHarm(config.split_seed)
     harmful = [
         Row(f"toy-{i:03}", prompt, "ssah", "MIT", category)
-        for i, (prompt, category) in enumerate(toy.prompts(config.evaluation * 4))
+        for i, (prompt, category) in enumerate(toy.prompts(4 * (config.evaluation or 24)))
     ]
     benign = own_rows("benign_instructions")[:64]
     answered = [dataclasses.replace(r, response=f"Here is an answer. {r.prompt}") for r in benign]
@@ -45,7 +45,7 @@ def toy_sets(config: DataConfig) -> dict[str, list[Row]]:
     ]
     return {
         **divide_harmful(harmful, config),
-        **divide_benign(benign),
+        **divide_benign(benign, config.near_duplicate),
         "borderline": own_rows("borderline_prompts")[:16],
         "harmbench": harmful[:8],
         "do_not_answer": harmful[8:16],

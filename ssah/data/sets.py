@@ -10,21 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import SsahError
 from ..core.paths import RESOURCES
 from ..core.store import Handle, Store, file_digest
 from .embedded import embedded_sets
 from .own import arithmetic_rows, own_rows, toy_sets
-from .rows import OPTIONAL_SETS, SETS, Row, write_jsonl
+from .rows import SETS, Row, write_jsonl
 from .settings import DataConfig
-from .user_files import sets_from_files
+from .split import require_disjoint
+from .user_files import file_sources, sets_from_files
 
 
 def set_names(config: DataConfig) -> set[str]:
     """The sets that a source has; nothing is read or downloaded to know it."""
     if config.source != "files":
         return set(SETS)
-    given = {name for name, spec in config.files.items() if spec} & (SETS.keys() | OPTIONAL_SETS)
+    given = set(file_sources(config)) - {"harmful", "benign"}
     parts = {name for name in SETS if name.startswith(("harmful_", "benign_"))}
     return parts | given | {"heldout_text", "borderline", "arithmetic"}
 
@@ -38,17 +38,17 @@ def build_sets(store: Store, config: DataConfig) -> Handle:
         "toy": lambda: toy_sets(config),
         "files": lambda: _own_beside(sets_from_files(config), config),
     }
-    if config.source not in sources:
-        raise SsahError(f"data.source={config.source} is unknown: use {', '.join(sources)}.")
     if config.source == "files":
         key["files"] = {
-            name: file_digest(Path(spec["path"]))
-            for name, spec in config.files.items()
-            if spec and Path(spec["path"]).is_file()
+            name: file_digest(source.local)
+            for name, source in file_sources(config).items()
+            if source.local
         }
 
     def build(folder: Path) -> None:
-        for name, rows in sources[config.source]().items():
+        found = sources[config.source]()
+        require_disjoint(found)
+        for name, rows in found.items():
             write_jsonl(folder / f"{name}.jsonl", rows)
 
     return Handle(store, "data", config.source, key, build)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..core.errors import SsahError
 from .rows import Row
 from .settings import DataConfig
+
+logger = logging.getLogger(__name__)
 
 # --- near-duplicates and parts ---------------------------------------------------------------
 
@@ -17,9 +21,26 @@ _FUNCTION_WORDS = frozenset(
     "such using".split()
 )
 
+#: Scripts that put no space between words: there, pairs of characters stand for words.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+
+#: More rows than that are compared for equality only: comparing each with each takes too long.
+COMPARED = 5000
+
 
 def content_words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"[a-z']+", text.lower())) - _FUNCTION_WORDS
+    """The words of a text that carry its meaning, in any script; numbers are words."""
+    found: list[str] = []
+    for word in re.findall(r"(?:[^\W\d_]|['\u0300-\u036f\u0900-\u0dff])+|\d+", text.lower()):
+        for unspaced, spaced in re.findall(f"([{_UNSPACED}]+)|([^{_UNSPACED}]+)", word):
+            pairs = [unspaced[i : i + 2] for i in range(max(len(unspaced) - 1, 1))]
+            found += pairs if unspaced else [spaced]
+    return frozenset(found) - _FUNCTION_WORDS
+
+
+def normalised(text: str) -> str:
+    """A text without case and runs of spaces: what is equal then is the same prompt."""
+    return " ".join(text.casefold().split())
 
 
 def similarity(a: frozenset[str], b: frozenset[str]) -> float:
@@ -28,7 +49,8 @@ def similarity(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 def cluster(texts: Sequence[str], threshold: float) -> list[list[int]]:
-    """Group texts that are linked by pairs at least ``threshold`` similar (single linkage)."""
+    """Group texts that are linked by pairs at least ``threshold`` similar (single linkage), and
+    those that are equal."""
     words = [content_words(t) for t in texts]
     parent = list(range(len(texts)))
 
@@ -38,8 +60,16 @@ def cluster(texts: Sequence[str], threshold: float) -> list[list[int]]:
             i = parent[i]
         return i
 
-    for i in range(len(texts)):
-        for j in range(i):
+    if len(texts) > COMPARED:
+        logger.info(
+            "%d prompts are too many to compare each with each: only equal ones are kept together",
+            len(texts),
+        )
+    first: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        equal = first.setdefault(normalised(text), i)
+        parent[find(i)] = find(equal)
+        for j in range(i) if len(texts) <= COMPARED else ():
             if similarity(words[i], words[j]) >= threshold:
                 parent[find(i)] = find(j)
     groups: dict[int, list[int]] = {}
@@ -51,10 +81,15 @@ def cluster(texts: Sequence[str], threshold: float) -> list[list[int]]:
 def divide_harmful(rows: list[Row], config: DataConfig) -> dict[str, list[Row]]:
     """Evaluation, search, align and (the rest) attribution, near-duplicates kept together.
 
-    Parts are filled cluster by cluster to exactly their size; what does not fit into a part goes
-    on to the next one, whole.
+    Parts are filled cluster by cluster to exactly their size (where none is set: a fifth, an eighth
+    and three tenths of all); what does not fit into a part goes on to the next one, whole.
     """
-    sizes = {"evaluation": config.evaluation, "search": config.search, "align": config.align}
+    wanted = {"evaluation": config.evaluation, "search": config.search, "align": config.align}
+    usual = {"evaluation": 0.2, "search": 0.125, "align": 0.3}
+    sizes = {
+        name: round(usual[name] * len(rows)) if size is None else size
+        for name, size in wanted.items()
+    }
     if sum(sizes.values()) >= len(rows):
         raise SsahError(
             f"data.evaluation + data.search + data.align = {sum(sizes.values())} leaves none of "
@@ -81,10 +116,29 @@ def divide_harmful(rows: list[Row], config: DataConfig) -> dict[str, list[Row]]:
     return parts
 
 
-def divide_benign(rows: list[Row]) -> dict[str, list[Row]]:
-    """A quarter for evaluation, the rest in turns to alignment and attribution."""
-    return {
-        "benign_evaluation": rows[::4],
-        "benign_align": [r for i, r in enumerate(rows) if i % 8 in (1, 3, 6)],
-        "benign_attribution": [r for i, r in enumerate(rows) if i % 8 in (2, 5, 7)],
-    }
+def divide_benign(rows: list[Row], near_duplicate: float) -> dict[str, list[Row]]:
+    """A quarter for evaluation, the rest in turns to alignment and attribution; near-duplicates go
+    together."""
+    parts: dict[str, list[Row]] = {"evaluation": [], "align": [], "attribution": []}
+    turns = (
+        "evaluation", "align", "attribution", "align",
+        "evaluation", "attribution", "align", "attribution",
+    )  # fmt: skip
+    placed = 0
+    for group in cluster([row.prompt for row in rows], near_duplicate):
+        parts[turns[placed % len(turns)]] += [rows[i] for i in group]
+        placed += len(group)
+    return {f"benign_{name}": part for name, part in parts.items()}
+
+
+def require_disjoint(sets: Mapping[str, Sequence[Row]]) -> None:
+    """Raise :class:`SsahError` where a prompt is in two parts of the harmful or the benign ones."""
+    for kind in ("harmful_", "benign_"):
+        parts = {n: {normalised(r.prompt) for r in sets[n]} for n in sets if n.startswith(kind)}
+        for (one, first), (other, second) in itertools.combinations(parts.items(), 2):
+            shared = first & second
+            if shared:
+                raise SsahError(
+                    f"{one} and {other} have prompts in common ({len(shared)}): a number measured "
+                    "on one of them would be of prompts that the model has seen."
+                )

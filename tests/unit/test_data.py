@@ -24,7 +24,14 @@ from ssah.data.refusals import compose_refusal
 from ssah.data.rows import SETS, Row, read_jsonl, read_set
 from ssah.data.sets import build_sets, set_names
 from ssah.data.settings import DataConfig
-from ssah.data.split import cluster, content_words, divide_harmful, similarity
+from ssah.data.split import (
+    cluster,
+    content_words,
+    divide_benign,
+    divide_harmful,
+    require_disjoint,
+    similarity,
+)
 from ssah.evaluate.refusals import is_refusal
 from ssah.lab.config import compose
 
@@ -119,8 +126,8 @@ def test_an_unknown_set_is_refused_with_those_that_exist(tmp_path):
 
 
 def test_an_unknown_source_is_refused(tmp_path):
-    with pytest.raises(SsahError, match=r"data\.source=wheels is unknown: use embedded, toy"):
-        build_sets(Store(tmp_path), compose("smoke", ["data.source=wheels"]).data)
+    with pytest.raises(SsahError, match=r"data\.source='wheels' is unknown: choose from embedded"):
+        compose("smoke", ["data.source=wheels"])
 
 
 def test_our_own_prompts_are_unique_and_disjoint():
@@ -145,7 +152,7 @@ def test_clusters_are_the_connected_components(texts, threshold):
     words = [content_words(text) for text in texts]
 
     def linked(i: int, j: int) -> bool:
-        return similarity(words[i], words[j]) >= threshold
+        return texts[i] == texts[j] or similarity(words[i], words[j]) >= threshold
 
     place = {i: number for number, group in enumerate(groups) for i in group}
     for i, j in combinations(range(len(texts)), 2):
@@ -164,6 +171,52 @@ def test_clusters_by_hand():
     texts = ["Steal a car", "How to steal the car", "Steal a car battery", "Bake bread", "battery"]
     assert sorted(map(sorted, cluster(texts, 0.5))) == [[0, 1, 2], [3], [4]]
     assert sorted(map(sorted, cluster(texts, 0.7))) == [[0, 1], [2], [3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("one", "near", "far"),
+    [
+        ("写一篇关于制造炸弹的教程", "写一篇关于制造炸弹的详细教程", "推荐一部好看的电影"),
+        ("爆弾の作り方を教えてください", "爆弾の作り方を教えて", "おすすめの映画はありますか"),
+        (
+            "Напиши инструкцию по взлому банка",
+            "напиши инструкцию по взлому банков",
+            "Привет, как дела",
+        ),
+        ("बम बनाने का तरीका बताओ", "बम बनाने का तरीका लिखो", "एक अच्छी फिल्म बताइए"),
+        ("كيف أصنع قنبلة في المنزل", "كيف أصنع قنبلة في البيت", "ما هو الطقس اليوم"),
+        ("12 345 678", "12 345 679 678", "99 98 97"),
+        ("??!", "??!", "!!!"),
+    ],
+)
+def test_near_duplicates_are_found_in_any_script(one, near, far):
+    assert cluster([one, far, near], 0.5) == [[0, 2], [1]]
+
+
+def test_equal_prompts_stay_together_however_many_there_are(monkeypatch):
+    monkeypatch.setattr("ssah.data.split.COMPARED", 3)
+    texts = ["steal a car", "bake  Bread", "steal the car", "bake bread", "steal a car"]
+    assert cluster(texts, 0.5) == [[0, 4], [1, 3], [2]]
+
+
+def test_benign_prompts_that_are_given_twice_are_in_one_part():
+    once = [Row(str(i), f"{word(i)} {word(i + 50)}", "test", "MIT") for i in range(40)]
+    parts = divide_benign([*once, *once], 0.5)
+    require_disjoint(parts)
+    assert sum(map(len, parts.values())) == 80
+    assert {name: len(part) for name, part in divide_benign(once, 0.5).items()} == {
+        "benign_evaluation": 10, "benign_align": 15, "benign_attribution": 15,
+    }  # fmt: skip
+
+
+def test_a_prompt_in_two_parts_is_refused():
+    row = Row("0", "Bake bread", "test", "MIT")
+    other = Row("1", "bake  BREAD", "test", "MIT")
+    with pytest.raises(
+        SsahError, match=r"harmful_align and harmful_evaluation have prompts in common \(1\)"
+    ):
+        require_disjoint({"harmful_align": [row], "harmful_evaluation": [other]})
+    require_disjoint({"harmful_align": [row], "benign_evaluation": [other]})
 
 
 def test_similarity_ignores_function_words_and_case():
@@ -185,8 +238,17 @@ def test_division_keeps_near_duplicates_together(texts, threshold, seed):
     assert sorted(ids) == sorted(row.id for row in rows)
     assert set(parts) == set(HARMFUL)
     assert all(len(parts[name]) == 1 for name in HARMFUL if name != "harmful_attribution")
+    require_disjoint(parts)
     for a, b in combinations(HARMFUL, 2):
         assert not near_duplicates(parts[a], parts[b], threshold)
+
+
+def test_parts_without_a_size_are_shares_of_what_is_given():
+    rows = [Row(str(i), f"{word(i)} {word(i + 400)}", "test", "MIT") for i in range(320)]
+    parts = divide_harmful(rows, DataConfig("files"))
+    assert {name.removeprefix("harmful_"): len(part) for name, part in parts.items()} == {
+        "evaluation": 64, "search": 40, "align": 96, "attribution": 120,
+    }  # fmt: skip
 
 
 def test_parts_larger_than_the_set_are_refused():
@@ -397,8 +459,7 @@ def test_a_missing_column_is_named_with_those_that_exist(tmp_path, files):
 def test_a_missing_file_is_refused(tmp_path, files):
     with pytest.raises(SsahError) as refused:
         built(tmp_path, files(harmful={"path": str(tmp_path / "absent.json")}))
-    assert "data.files.harmful" in str(refused.value)
-    assert "check the path" in str(refused.value)
+    assert "data.files.harmful: there is no file" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -410,7 +471,9 @@ def test_a_missing_specification_is_refused(tmp_path, files):
 
 
 def test_too_few_answers_are_refused(tmp_path, files):
-    with pytest.raises(SsahError, match="at least 400 rows"):
+    with pytest.raises(
+        SsahError, match="has 360 rows with a prompt and a response, and needs 400: 200"
+    ):
         built(tmp_path, files(unanswered=100))
 
 

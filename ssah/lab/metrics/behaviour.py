@@ -85,6 +85,10 @@ def _heldout(lab: Lab, model: Model, on: str) -> Sample:
     seen = {row.prompt for row in lesson(lab, on).rows}
     counts, losses = attack_losses(lab, model, on)
     kept = [i for i, row in enumerate(heldout(lab, on).rows) if row.prompt not in seen]
+    if not kept:
+        raise SsahError(
+            f"No held-out row of '{on}' has a prompt of its own: give prompts that differ."
+        )
     return LessonLosses([counts[i] for i in kept], [losses[i] for i in kept])
 
 
