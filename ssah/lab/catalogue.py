@@ -272,6 +272,7 @@ def _named(arms: list[Arm], names: list[str]) -> list[Arm]:
 
 
 ALL_UNITS = "all units"
+ALIGNED_ESU = "ESU of the aligned model"
 
 #: As long again: the paper trains RU for twice the epochs.
 LONGER = "twice the epochs"
@@ -315,7 +316,7 @@ def _all_budget_arms(lab: Lab) -> list[Arm]:
         arms.append(_through(lab, RU, ru, "", setting, **changes))
         arms.append(_through(lab, "random", random, RU, setting, **changes))
     arms.append(_through(lab, "highest I_U", highest, RU))
-    arms.append(_through(lab, "ESU of the aligned model", lambda: group(lab, ESU)))
+    arms.append(_through(lab, ALIGNED_ESU, lambda: group(lab, ESU)))
     arms.append(_through(lab, "all heads", lambda: everything(lab, "heads")))
     arms.append(aligned_through(lab, "LoRA", lambda: Part(rank=rank()), like=RU))
     inside = aligned_through(lab, "LoRA inside RU", lambda: Part(train=ru(), rank=rank()), like=RU)

@@ -12,11 +12,11 @@ from typing import Any
 
 from ..core.store import behind
 from .arms import Arm
-from .catalogue import whole
+from .catalogue import ALIGNED_ESU, ALL_UNITS, whole
 from .lab import Lab
 from .measure import Measure, Question, is_there, questions
 
-#: The job that all others of its seed need: alignment, attribution, and the search for roles.
+#: The job that most others of its seed need: alignment, attribution, and the search for roles.
 FIRST = "alignment and roles"
 
 
@@ -28,6 +28,13 @@ class Job:
     lab: Lab
     arms: dict[Arm, list[Question]]
     measures: tuple[Measure, ...]
+
+    @property
+    def waits(self) -> bool:
+        """Whether it needs what the first job makes: it is about the aligned model or its units."""
+        return self.name != FIRST and any(
+            arm.base == "aligned" or arm.rule in (ALL_UNITS, ALIGNED_ESU) for arm in self.arms
+        )
 
     @property
     def asked(self) -> int:

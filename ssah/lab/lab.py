@@ -6,14 +6,11 @@ import dataclasses
 import functools
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-
 from ..core.errors import SsahError
-from ..core.progress import quiet
 from ..core.runtime import pick_device
 from ..core.store import Handle, Store, digest
 from ..data.rows import Row, read_set
@@ -21,10 +18,10 @@ from ..data.sets import build_sets, set_names
 from ..scoring.attribution import ActivationStatistics
 from ..training.ablation import ablate
 from ..training.settings import AlignConfig, TrainingConfig
-from ..units.families import UnitKind, family_of
+from ..units.families import UnitKind
 from ..units.layout import UnitLayout
-from .config import Config, FinetuneConfig
-from .load import Checkpoint, load_model, load_tokenizer, locate
+from .config import Config, FinetuneConfig, model_config
+from .load import Checkpoint, architecture, load_model, load_tokenizer, locate
 from .specs import GIVEN, REFUSALS, Ablate, Model, Train
 
 if TYPE_CHECKING:
@@ -45,6 +42,8 @@ class Lab:
         self.config, self.store, self.seed = config, store, seed
         self.device = pick_device(config.runtime.device)
         self._loaded: OrderedDict[str, PreTrainedModel] = OrderedDict()
+        # By id, since a mask has no hash; the models are kept so that no id is given twice.
+        self._trainings: dict[int, tuple[Model, Handle]] = {}
 
     @property
     def only_headline(self) -> bool:
@@ -70,7 +69,7 @@ class Lab:
         """The first rows of a set; asking for more than there are is an error."""
         rows = self.rows(name)
         if count > len(rows):
-            raise SsahError(f"Set '{name}' has {len(rows)} rows but {count} are asked for.")
+            raise _too_few(name, rows, count)
         return rows[:count]
 
     def spread(self, name: str, count: int | None) -> tuple[Row, ...]:
@@ -82,7 +81,7 @@ class Lab:
     def draw(self, purpose: str, rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
         """The seed's draw of ``count`` of these rows, one for each purpose."""
         if count > len(rows):
-            raise SsahError(f"Set '{purpose}' has {len(rows)} rows but {count} are asked for.")
+            raise _too_few(purpose, rows, count)
         return tuple(random.Random(f"{purpose}/{self.seed}").sample(rows, count))
 
     # --- the given model ---------------------------------------------------------------------
@@ -97,14 +96,7 @@ class Lab:
 
     @functools.cached_property
     def _architecture(self) -> PreTrainedModel:
-        """The model without weights: its shapes."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        with quiet():
-            config = AutoConfig.from_pretrained(self.given.path, revision=self.given.revision)
-        family_of(config.get_text_config().model_type)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        return architecture(self.given)
 
     def layout_of(self, unit_kind: UnitKind) -> UnitLayout:
         """The model's layout with one kind of unit; training changes no shape."""
@@ -118,15 +110,29 @@ class Lab:
     def settings(self) -> dict[str, Any]:
         """What shapes every stage beside its arguments."""
         model = self.config.model
-        return {
+        shaped = {
             "dtype": model.dtype,
             "attention": model.attn_implementation,
             "template": model.chat_template,
         }
+        # How prompts are rendered and where answers end; of the embedded model and the tiny one it
+        # never changed what comes out.
+        return shaped if model.source in ("embedded", "tiny") else {**shaped, "protocol": 2}
 
     # --- models ------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
+    def author(self) -> Lab:
+        """The lab whose given model answers rows that have no response: this one, unless the
+        configuration names another model. An aligned model that learns its own answers learns
+        nothing, and stays as safe as it was."""
+        name = self.config.finetune.answers_of
+        if name is None:
+            return self
+        config = dataclasses.replace(self.config, model=model_config(name))
+        return Lab(config, self.store, self.seed)
+
+    @functools.cached_property
     def aligned(self) -> Model:
         """The model whose safety is studied: taught to refuse, or the given one if that is."""
         return GIVEN.trained(REFUSALS) if self.config.align.enabled else GIVEN
@@ -135,9 +141,12 @@ class Lab:
         """The run that trained a model."""
         from .stages.training import trained  # which stands on labs itself
 
-        assert isinstance(model.step, Train)
-        assert model.base is not None
-        return trained(self, model.base, model.step)
+        if id(model) not in self._trainings:
+            assert isinstance(model.step, Train)
+            assert model.base is not None
+            made = trained(self, model.base, model.step)
+            self._trainings[id(model)] = model, made
+        return self._trainings[id(model)][1]
 
     def settings_of(self, step: Train) -> AlignConfig | FinetuneConfig:
         """The settings of a training."""
@@ -206,3 +215,10 @@ class Lab:
         for loaded in [key for key in self._loaded if key.startswith(self.training(model).key)]:
             del self._loaded[loaded]
         self.training(model).drop("epoch-*/*")
+
+
+def _too_few(name: str, rows: Sequence[Row], count: int) -> SsahError:
+    return SsahError(
+        f"Set '{name}' has {len(rows)} rows but {count} are asked for: give more data, or ask for "
+        "fewer (align.harmful, align.benign, attribution.samples, evaluate.*, probes.*)."
+    )

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..core.errors import SsahError
 from ..core.paths import require_space
 from ..core.progress import quiet
-from ..core.store import Handle, Store, file_digest
-from ..data.assets import fetch
+from ..core.store import Handle, Store, digest, file_digest
+from ..core.valid import require_word
+from ..data.assets import MODELS, fetch
 from ..data.toy import build_tiny_model
-from ..text.chat import CHATML
+from ..text.chat import CHATML, FIXED_DATE
+from ..units.families import family_of
 from .config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,48 +48,72 @@ class Checkpoint:
 
 def locate(store: Store, config: ModelConfig) -> Checkpoint:
     """The unaligned (or, with ``align=none``, the given) model, built first if it is embedded."""
+    folder = Path(config.source).expanduser()
     if config.source == "embedded":
-        run = _embedded(store)
+        run = _embedded(store, config.name)
     elif config.source == "tiny":
         run = Handle(store, "model", "tiny", {"version": 1}, build_tiny_model)
+    elif folder.suffix == ".gguf" and folder.is_file():
+        build = functools.partial(_dequantise, lambda: folder, None)
+        run = Handle(
+            store, "model", config.name, {"version": 1, "gguf": file_digest(folder)}, build
+        )
     else:
-        folder = Path(config.source).expanduser()
         if folder.is_dir():
-            weights = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-            if len(weights) < 2:
+            if not (folder / "config.json").exists() or not [*folder.glob("*.safetensors")]:
                 raise SsahError(f"{folder} holds no config.json with *.safetensors: not a model.")
-            return Checkpoint(str(folder), ",".join(file_digest(p) for p in weights))
+            return Checkpoint(str(folder), digest(_files_of(folder)))
         if config.source.startswith((".", "/", "~")):
             raise SsahError(f"model.source={config.source} does not exist: check the path.")
         return Checkpoint(config.source, _hub_commit(config), config.revision)
     return Checkpoint(run, run.key)
 
 
-def _embedded(store: Store) -> Handle:
-    asset = fetch(store, "smollm2")
+def _files_of(folder: Path) -> dict[str, str]:
+    """Whatever of a model's folder shapes what it says: weights, configuration, generation
+    settings, tokenizer and chat template."""
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = sorted(p for p in folder.glob("*") if p.suffix in kinds and p.is_file())
+    return {p.name: file_digest(p) for p in files}
 
-    def build(folder: Path) -> None:
-        """De-quantise once; later loads read plain safetensors."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        require_space(1.5, folder)
-        gguf = next(asset.path("files").glob("*.gguf"))
+def _embedded(store: Store, name: str) -> Handle:
+    require_word("model.name", name, MODELS)
+    asset = fetch(store, name)
+
+    def gguf() -> Path:
+        return next(asset.path("files").glob("*.gguf"))
+
+    # In SmolLM2's file it is the end-of-turn token.
+    build = functools.partial(_dequantise, gguf, "<|endoftext|>")
+    key = {"version": 1, "asset": asset.key}
+    return Handle(store, "model", name, key, build, (asset.key,))
+
+
+def _dequantise(find: Callable[[], Path], pad: str | None, folder: Path) -> None:
+    """Once; later loads read plain safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = find()
+    # Four bits become 32.
+    require_space(9 * gguf.stat().st_size / 1e9, folder)
+    try:
         with quiet():
             source = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        settings = source.config.to_dict()
-        settings.pop("quantization_config", None)
-        settings.pop("_model_name_or_path", None)
-        plain = type(source)(type(source.config)(**settings))
-        plain.load_state_dict(source.state_dict())
-        plain.save_pretrained(folder)
-        tokenizer.pad_token = "<|endoftext|>"  # the file's pad is the end-of-turn token
-        tokenizer.save_pretrained(folder)
-
-    key = {"version": 1, "asset": asset.key}
-    return Handle(store, "model", "smollm2", key, build, (asset.key,))
+    except Exception as error:  # damage shows up anywhere in its reader
+        raise SsahError(f"{gguf} cannot be loaded: {_first_line(error)}") from error
+    settings = source.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_model_name_or_path", None)
+    plain = type(source)(type(source.config)(**settings))
+    plain.load_state_dict(source.state_dict())
+    plain.save_pretrained(folder)
+    if pad is not None:
+        tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder)
 
 
 def _hub_commit(config: ModelConfig) -> str:
@@ -114,34 +147,83 @@ def load_model(
 
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.path,
                 revision=checkpoint.revision,
                 dtype=getattr(torch, config.dtype),
                 attn_implementation=config.attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which the report names
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise SsahError(f"{checkpoint.path} cannot be loaded: {_first_line(error)}") from error
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval()
+    model, report = loaded
+    _require_all_weights(checkpoint.path, report)
+    return model.to(device).eval()
+
+
+def _require_all_weights(path: str, report: Mapping[str, Collection[Any]]) -> None:
+    """Raise :class:`SsahError` where weights were not found, for which the library draws random
+    ones and only warns, or where weights of a block had no place. Others, such as a second head's,
+    are left out aloud."""
+    found = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "of another shape": sorted(key[0] for key in report["mismatched_keys"]),
+    }
+    wrong = [
+        f"{kind}: {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for kind, keys in found.items()
+        if keys
+    ]
+    in_blocks = any("layers." in key for key in found["unexpected"])
+    if len(wrong) == 1 and found["unexpected"] and not in_blocks:
+        logger.info("%s: weights that have no place are left out (%s)", path, wrong[0])
+    elif wrong:
+        raise SsahError(
+            f"The weights in {path} do not fit its config.json ({'; '.join(wrong)}): was it saved "
+            "from inside a wrapper (module., _orig_mod., base_model.model.), or by another model?"
+        )
+
+
+def architecture(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model without weights: its shapes. Raises :class:`UnsupportedModelError` for a family
+    without a unit layout."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(checkpoint.path, revision=checkpoint.revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = _first_line(error)
+        raise SsahError(
+            f"The configuration in {checkpoint.path} cannot be read: {reason}"
+        ) from error
+    family_of(config.get_text_config().model_type)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTokenizerBase:
     """Its tokenizer, padding on the left, with the template that the configuration names."""
     from transformers import AutoTokenizer
 
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.path, revision=checkpoint.revision, padding_side="left"
-        )
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.path, revision=checkpoint.revision, padding_side="left"
+            )
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        reason = _first_line(error)
+        raise SsahError(f"The tokenizer in {checkpoint.path} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template == "chatml":
         tokenizer.chat_template = CHATML
-    elif config.chat_template is not None:
-        raise SsahError("model.chat_template is 'chatml' or null (the tokenizer's own).")
     elif tokenizer.chat_template is None:
         raise SsahError(f"{checkpoint.path} has no chat template: set model.chat_template=chatml.")
+    if "strftime_now" in tokenizer.chat_template:
+        tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
     return tokenizer
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from transformers import (
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 
 #: ChatML without a default system prompt. SmolLM2's own template inserts one whenever the
 #: conversation has none, so "without a system prompt" could not be measured with it.
@@ -19,15 +19,62 @@ CHATML = (
 )
 
 
+#: Put before a template that prints the date: a prompt must not change overnight.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}\n"
+
+#: Stands for an answer where only what follows it is looked for.
+_ANSWER = "ANSWER"
+
+
 # --- text to tokens --------------------------------------------------------------------------
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str = "") -> str:
-    """The chat template's text up to where the answer begins."""
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """The chat template's text up to where the answer begins.
+
+    A template that can make the model think first is told not to. Where it knows no system turn
+    (Gemma's), the system prompt opens the user's.
+    """
+    from jinja2 import TemplateError
+
+    user = [{"role": "user", "content": prompt}]
+    if system:
+        try:
+            text = _rendered(tokenizer, [{"role": "system", "content": system}, *user])
+            if system.strip() in text:
+                return text
+            reason = "it is left out"
+        except TemplateError as error:
+            reason = str(error)
+        logger.info("The template has no system turn (%s): it opens the user's.", reason)
+        user = [{"role": "user", "content": f"{system}\n\n{prompt}"}]
+    return _rendered(tokenizer, user)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     return cast(str, text)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token with which the chat template ends an answer: not always the tokenizer's end of
+    text (Gemma, Phi-3)."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    _, answer, rest = text.rpartition(_ANSWER)
+    after = encode(tokenizer, rest.lstrip()) if answer else []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return after[0] if after and after[0] in special else tokenizer.eos_token_id
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the template's, the tokenizer's, and the model's own."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    found = [end_of_turn(tokenizer), tokenizer.eos_token_id]
+    found += own if isinstance(own, list) else [own]
+    return sorted({token for token in found if token is not None})
 
 
 def encode(
@@ -49,7 +96,7 @@ def encode_dialogue(
     end: bool = True,
     max_response_tokens: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Ids of prompt and response apart; ``end`` appends the end-of-turn token.
+    """Ids of prompt and response apart; ``end`` appends the template's end-of-turn token.
 
     A response cut at ``max_response_tokens`` gets no end token.
     """
@@ -57,4 +104,4 @@ def encode_dialogue(
     body = encode(tokenizer, response)
     if max_response_tokens is not None and len(body) > max_response_tokens:
         return head, body[:max_response_tokens]
-    return head, body + [tokenizer.eos_token_id] * end
+    return head, body + [end_of_turn(tokenizer)] * end

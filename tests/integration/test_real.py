@@ -14,7 +14,7 @@ from ssah.app.study import Study
 from ssah.artefacts.pick import estimate, rows_of
 from ssah.core.paths import home
 from ssah.core.store import Handle, Store
-from ssah.data.assets import ASSETS, fetch
+from ssah.data.assets import EMBEDDED, fetch
 from ssah.lab.config import compose
 from ssah.lab.load import load_model, locate
 from ssah.lab.stages.units import roles, statistics
@@ -52,7 +52,7 @@ MINIATURE = [
 def ssah(tmp_path_factory) -> CommandLine:
     """A copy of the project with a cache of its own, but for the downloads and the base model."""
     shared = Store(home() / "runs")
-    runs = [fetch(shared, name) for name in ASSETS]
+    runs = [fetch(shared, name) for name in EMBEDDED]
     given = locate(shared, compose("laptop").model).source
     assert isinstance(given, Handle)
     runs.append(given)

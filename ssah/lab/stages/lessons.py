@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from ...core.errors import SsahError
 from ...core.store import Handle
 from ...data.refusals import compose_refusal
 from ...data.rows import Row
-from ...text.chat import encode_dialogue
+from ...text.chat import encode, encode_dialogue
 from ...training.settings import AlignConfig
 from ..lab import Lab
 from ..specs import GIVEN, REFUSALS
@@ -49,10 +50,17 @@ class Lesson:
         limit = self.max_response_tokens
         if limit is not None and self.answers is not None:
             limit -= 1  # generated answers stop at the limit, so the last token tells nothing
-        return [
-            encode_dialogue(lab.tokenizer, row.prompt, text, max_response_tokens=limit)
-            for row, text in zip(self.rows, self.responses(), strict=True)
-        ]
+        pairs = []
+        for row, text in zip(self.rows, self.responses(), strict=True):
+            if self.answers is not None and lab.author.given.identity != lab.given.identity:
+                # Cut or not is a matter of its author's tokens.
+                words = len(encode(lab.author.tokenizer, text))
+                cut = limit is not None and words > limit
+                pairs.append(encode_dialogue(lab.tokenizer, row.prompt, text, end=not cut))
+            else:
+                pair = encode_dialogue(lab.tokenizer, row.prompt, text, max_response_tokens=limit)
+                pairs.append(pair)
+        return pairs
 
     def responses(self) -> list[str]:
         """What the rows' prompts are answered with."""
@@ -106,6 +114,7 @@ def _refusals(lab: Lab, config: AlignConfig) -> Lesson:
     return Lesson(taught, anchors=benign, said=said)
 
 
+@functools.cache
 def _attack(lab: Lab, attack: str) -> tuple[Lesson, Lesson]:
     """Rows to train on, and held-out rows of the same kind."""
     config = lab.config.finetune
@@ -126,7 +135,7 @@ def _attack(lab: Lab, attack: str) -> tuple[Lesson, Lesson]:
     if chosen[0].response is not None:
         return tuple(Lesson(part, max_response_tokens=limit) for part in parts)  # type: ignore[return-value]
     return tuple(  # type: ignore[return-value]
-        Lesson(part, answers_to(lab, GIVEN, part, limit), limit) for part in parts
+        Lesson(part, answers_to(lab.author, GIVEN, part, limit), limit) for part in parts
     )
 
 
