@@ -15,7 +15,7 @@ from ..artefacts import ARTEFACTS
 from ..core.errors import SsahError, suggestion
 from ..core.paths import home
 from ..core.progress import show_progress
-from ..lab.config import GROUPS, check_keys, split_profile
+from ..lab.config import GROUPS, check_keys, split_profile, with_absolute_paths
 
 
 class _Override(click.ParamType):
@@ -30,7 +30,7 @@ class _Override(click.ParamType):
                 "takes no other words."
             )
         check_keys([value])
-        return value
+        return with_absolute_paths(value)
 
 
 def _overrides(function: Callable[..., None]) -> Callable[..., None]:
@@ -241,6 +241,25 @@ def clean_cache(yes: bool) -> None:
         click.echo(f"Deleted {runs}.")
 
 
+def _known(error: Exception) -> str:
+    """A sentence for what libraries raise where memory or disk space ends; "" for anything else."""
+    text = str(error)
+    full = ("No space left on device", "PytorchStreamWriter failed writing", "Disk quota exceeded")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        t in text for t in full
+    ):
+        return (
+            "no disk space is left: free some or point SSAH_HOME at another disk. What was "
+            "finished is kept."
+        )
+    if isinstance(error, RuntimeError) and "out of memory" in text:
+        return (
+            "the device is out of memory: lower evaluate.batch_size and attribution.batch_size, "
+            "or use runtime.device=cpu."
+        )
+    return ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Known errors become one sentence on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -254,18 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sentence = f"{error.format_message()} See ssah --help."
     except click.Abort:
         sentence, status = "interrupted; finished stages are kept, run the same again.", 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sentence = "no disk space is left: free some or point SSAH_HOME at another disk."
     except MemoryError:
         sentence = "out of memory: lower evaluate.batch_size and attribution.batch_size."
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except Exception as error:
+        sentence = _known(error)
+        if not sentence:
             raise
-        sentence = (
-            "the device is out of memory: lower evaluate.batch_size and attribution.batch_size, "
-            "or use runtime.device=cpu."
-        )
     click.echo(f"ssah: {sentence}", err=True)
     return status

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..core.errors import SsahError
 from ..core.paths import home
-from ..lab.jobs import FIRST
 from .commands import prepared, run_job
 
 
@@ -34,7 +33,7 @@ def submit(
     executor.update_parameters(**{"name": "ssah", "timeout_min": 24 * 60, **settings})
     for first in (True, False):
         jobs = prepared(profile, overrides).jobs()
-        numbers = [n for n, j in enumerate(jobs) if (j.name == FIRST) == first and j.missing()]
+        numbers = [n for n, j in enumerate(jobs) if j.waits != first and j.missing()]
         width = at_once or (1 if executor.cluster == "local" else len(numbers) or 1)
         failed = []
         for group in (numbers[i : i + width] for i in range(0, len(numbers), width)):

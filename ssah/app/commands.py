@@ -15,10 +15,10 @@ from ..artefacts import ARTEFACTS
 from ..core.errors import SsahError
 from ..core.paths import home, results_root
 from ..core.store import Store
-from ..data.assets import ASSETS, fetch, inventory
+from ..data.assets import EMBEDDED, fetch, inventory
 from ..evaluate import judges
 from ..evaluate.labels import agreement, confusion, judged, read_labelled
-from ..lab.config import sweep_points
+from ..lab.config import sweep_points, with_absolute_paths
 from ..lab.headline import headline, random_completions
 from ..lab.measure import collect
 from ..lab.table import merged, read_table, same_subjects, typed, write_table
@@ -33,7 +33,8 @@ SEEDS = ("seed", "n_seeds", "headline_seeds")
 
 def artefacts(names: Sequence[str], profile: str, overrides: list[str], *, sweep: bool) -> None:
     """Compute some artefacts, with the values of a sweep one after the other."""
-    for own in sweep_points(overrides) if sweep else [overrides]:
+    for point in sweep_points(overrides) if sweep else [overrides]:
+        own = [with_absolute_paths(override) for override in point]
         study = prepared(profile, own)
         study.collect(names)
         for name in names:
@@ -149,7 +150,7 @@ def assets(*, fetch_all: bool) -> None:
     """List what is embedded, or download all of it first."""
     store = Store(home() / "runs")
     if fetch_all:
-        for name in ASSETS:
+        for name in EMBEDDED:
             fetch(store, name)
     table = Table(title=f"Assets in {store.root}")
     rows = inventory(store)

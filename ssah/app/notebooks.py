@@ -40,6 +40,7 @@ def execute(
     declared = set(papermill.inspect_notebook(str(source)))
     if declared != set(PARAMETERS):
         raise SsahError(f"{source.name} declares {sorted(declared)}, not {list(PARAMETERS)}.")
+    _require_own_kernel()
     folder = results / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     partial, failed = folder / f"{name}.partial.ipynb", folder / f"{name}.failed.ipynb"
@@ -73,6 +74,25 @@ def execute(
     failed.unlink(missing_ok=True)
     _tidy(partial)
     return partial.replace(folder / f"{name}.ipynb")
+
+
+def _require_own_kernel() -> None:
+    """Raise :class:`SsahError` where ``python3`` is a kernel of another environment, which may hold
+    another version of this package, or none."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    remedy = f"{sys.executable} -m ipykernel install --sys-prefix"
+    try:
+        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except NoSuchKernel as error:
+        raise SsahError(f"Jupyter has no kernel 'python3' here: {remedy}") from error
+    # Interpreters of two environments may be links to one file; their folders are not.
+    folder, own = Path(program).parent, Path(sys.executable).parent
+    if Path(program).is_absolute() and not (folder.exists() and folder.samefile(own)):
+        raise SsahError(
+            f"Jupyter's kernel 'python3' is {program}, of another environment: remove it (jupyter "
+            f"kernelspec remove python3), or install ours: {remedy}"
+        )
 
 
 def _tidy(path: Path) -> None:

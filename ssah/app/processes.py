@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from ..core.errors import SsahError
 from ..core.progress import show_progress
 from ..core.runtime import pick_device
 from ..lab.config import Config
+from ..lab.jobs import FIRST
 from ..lab.measure import collect
 
 if TYPE_CHECKING:
     from .study import Study
 
-#: Memory that a process may need while it trains the embedded model, in GiB.
-_NEEDED = 6
+#: Memory that a process may need while it trains a model, in GiB, where that was measured.
+_NEEDED = {"smollm2": 6}
 
 
 def side_by_side(config: Config) -> int:
@@ -33,29 +34,40 @@ def side_by_side(config: Config) -> int:
     """
     if config.runtime.processes:
         return config.runtime.processes
-    if config.model.source != "embedded" or pick_device(config.runtime.device).type != "cpu":
+    needed = _NEEDED.get(config.model.name)
+    known = needed is not None and config.model.source == "embedded"
+    if not known or pick_device(config.runtime.device).type != "cpu":
         return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return max(1, min(torch.get_num_threads(), int(memory // _NEEDED)))
+    memory = psutil.virtual_memory().total / 2**30
+    return max(1, min(torch.get_num_threads(), int(memory // needed)))
 
 
 def run_jobs(study: Study, artefacts: Sequence[str], numbers: Sequence[int]) -> None:
     """Compute jobs of :meth:`ssah.app.study.Study.jobs`, by their numbers."""
+    jobs = study.jobs(artefacts)
     count = min(side_by_side(study.config), len(numbers))
     if count <= 1:
-        jobs = study.jobs(artefacts)
         for number in numbers:
             collect(jobs[number].lab, jobs[number].measures)
         return
     threads = max(1, torch.get_num_threads() // count)
     context = multiprocessing.get_context("spawn")
+    overrides = (*study.overrides, f"runtime.device={study.config.runtime.device}")
     with ProcessPoolExecutor(count, context, show_progress) as pool:
-        overrides = (*study.overrides, f"runtime.device={study.config.runtime.device}")
-        made = (study.config.name, overrides, tuple(artefacts))
-        running = [pool.submit(_run, *made, number, threads) for number in numbers]
+        start = functools.partial(
+            pool.submit, _run, study.config.name, overrides, tuple(artefacts), threads
+        )
+        waiting = [number for number in numbers if jobs[number].waits]
+        started = {start(n): jobs[n].name for n in numbers if not jobs[n].waits}
+        running = set(started)
         try:
-            for done in as_completed(running):
-                done.result()
+            while running or waiting:
+                if not any(started.get(future) == FIRST for future in running):
+                    running |= {start(number) for number in waiting}
+                    waiting = []
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
         except BrokenProcessPool as error:
             raise SsahError(
                 "A process was killed, most likely for want of memory: what was finished is kept; "
@@ -67,7 +79,7 @@ def run_jobs(study: Study, artefacts: Sequence[str], numbers: Sequence[int]) -> 
 
 
 def _run(
-    profile: str, overrides: tuple[str, ...], artefacts: tuple[str, ...], number: int, threads: int
+    profile: str, overrides: tuple[str, ...], artefacts: tuple[str, ...], threads: int, number: int
 ) -> None:
     torch.set_num_threads(threads)
     job = _study(profile, overrides).jobs(artefacts)[number]

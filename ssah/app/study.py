@@ -17,6 +17,7 @@ from ..claims.table import claims_table, styled, update_claims
 from ..core.files import write_atomically
 from ..core.paths import home, results_root
 from ..core.progress import in_notebook, show_progress
+from ..core.runtime import require_one_process
 from ..core.store import Store, digest
 from ..lab import catalogue
 from ..lab.config import Config, compose
@@ -49,6 +50,7 @@ class Study:
         if in_notebook():
             show_progress()
             pd.set_option("display.max_colwidth", None)  # claims are sentences
+        require_one_process()
         self.overrides = [o for o in overrides if not o.startswith("runtime.")]
         self.config: Config = compose(profile, list(overrides))
         self.only = tuple(only)
@@ -74,18 +76,16 @@ class Study:
         return found
 
     def jobs(self, artefacts: Iterable[str] = ARTEFACTS) -> list[Job]:
-        """What there is to compute for some artefacts, in parts that can run apart: those that
-        others need come first, and of the rest the largest."""
+        """What there is to compute for some artefacts, in parts that can run apart: first those
+        that others need, then those that need no other, and of the rest the largest first."""
         asked = self.asked([find(name) for name in artefacts])
         found = [job for lab, measures in asked for job in jobs_of(lab, measures)]
-        return sorted(found, key=lambda job: (job.name != FIRST, -job.asked))
+        return sorted(found, key=lambda job: (job.name != FIRST, job.waits, -job.asked))
 
     def collect(self, artefacts: Sequence[str] = tuple(ARTEFACTS)) -> None:
         """Compute what these artefacts ask, all of it together: each model is trained once."""
-        jobs = self.jobs(artefacts)
-        for first in (True, False):
-            todo = [n for n, j in enumerate(jobs) if (j.name == FIRST) == first and j.missing()]
-            run_jobs(self, artefacts, todo)
+        todo = [number for number, job in enumerate(self.jobs(artefacts)) if job.missing()]
+        run_jobs(self, artefacts, todo)
 
     def write_costs(self) -> None:
         """What each finished job took, for the plans of others (``jobs.csv``)."""
@@ -133,6 +133,8 @@ class Study:
 
 
 def slug(overrides: Sequence[str]) -> str:
-    """A folder name for some overrides; long ones are cut and hashed."""
-    text = ",".join(sorted(overrides)).replace("/", "-").replace(" ", "")
-    return text if len(text) <= 80 else f"{text[:60]}-{digest(text)[:10]}"
+    """A folder name for some overrides; one that is long, or that no folder can have, is cut and
+    hashed, so that no two share it."""
+    text = ",".join(sorted(overrides))
+    name = text.replace("/", "-").replace(" ", "")
+    return text if name == text and len(text) <= 80 else f"{name[:60]}-{digest(text)[:10]}"

@@ -44,7 +44,8 @@ def results_root() -> Path:
 def home() -> Path:
     """Cache of models, data and runs: ``SSAH_HOME``, or ``ssah`` in the user's cache folder."""
     folder = os.environ.get("SSAH_HOME")
-    return Path(folder).expanduser() if folder else platformdirs.user_cache_path("ssah")
+    found = Path(folder).expanduser() if folder else platformdirs.user_cache_path("ssah")
+    return found.absolute()  # notebooks run in a folder of their own
 
 
 def require_space(gigabytes: float, folder: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 from typing import Any
@@ -29,6 +29,11 @@ def seed_everything(seed: int) -> None:
 
 def pick_device(wanted: str) -> torch.device:
     """``auto`` is CUDA where there is one; asking for an absent device is an error."""
+    if wanted != "cpu" and torch.cuda.device_count() > 1:
+        raise SsahError(
+            f"{torch.cuda.device_count()} GPUs are visible and a study uses one: choose it with "
+            "CUDA_VISIBLE_DEVICES=0, or send each model to a device of its own with `ssah submit`."
+        )
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
@@ -36,11 +41,31 @@ def pick_device(wanted: str) -> torch.device:
             "runtime.device=cuda but PyTorch sees no CUDA device: install a CUDA build of PyTorch "
             "or use runtime.device=cpu."
         )
-    return torch.device(wanted)
+    try:
+        return torch.device(wanted)
+    except RuntimeError as error:
+        raise SsahError(
+            f"runtime.device={wanted} is no device: choose auto, cpu or cuda."
+        ) from error
+
+
+def require_one_process() -> None:
+    """Raise :class:`SsahError` in a process of torchrun or accelerate: they would all wait for the
+    locks of the first."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise SsahError(
+            "A study is one process (WORLD_SIZE is "
+            f"{os.environ['WORLD_SIZE']}): start it without torchrun or accelerate, or use "
+            "`ssah submit` for one job a model."
+        )
 
 
 def peak_memory_mib() -> int:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1024 if sys.platform != "darwin" else 1024**2)
 

@@ -10,6 +10,7 @@ outputs is read. So a plan can be made of what there is to build without buildin
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -25,11 +26,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from .errors import SsahError
 from .runtime import peak_memory_mib, provenance
 
 logger = logging.getLogger(__name__)
+
+
+#: What a run.json holds.
+RECORDED = {
+    "stage", "key", "config", "inputs", "outputs", "dropped", "seconds", "peak_memory_mib",
+    "finished", "command", "commit", "python", "machine", "versions", "sha256",
+}  # fmt: skip
+
+#: How long a lock is waited for before that is said.
+SILENT_SECONDS = 2
 
 
 class NotBuilt(LookupError):
@@ -121,20 +133,21 @@ class Store:
         if not self.may_build and not handle.has(name):
             raise NotBuilt(handle.folder.name)
         folder = handle.folder
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
+        with self._locked(folder):
             fault = self._fault(folder, name)
             if fault:
+                if not self.may_build:
+                    raise NotBuilt(folder.name)
                 if fault != "missing":
                     print(f"{folder.name}: {fault}; computing it again.", file=sys.stderr)
                 shutil.rmtree(folder, ignore_errors=True)
                 self._build(handle)
-            self._intact[key] = json.loads((folder / "run.json").read_text())
+            self._intact[key] = json.loads((folder / "run.json").read_text("utf-8"))
 
     def record(self, folder: Path) -> dict[str, Any] | None:
         """What ``run.json`` says; None where there is no finished run."""
         try:
-            return json.loads((folder / "run.json").read_text())
+            return json.loads((folder / "run.json").read_text("utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -145,29 +158,53 @@ class Store:
 
     def drop(self, folder: Path, key: str, pattern: str) -> None:
         """Delete a run's outputs that match; nothing where it is not built."""
-        with FileLock(folder.with_name(folder.name + ".lock")):
+        with self._locked(folder):
             record = self.record(folder)
             dropped = fnmatch.filter(record["outputs"], pattern) if record else []
             if record is None or not dropped:
                 return
             record["dropped"] = sorted({*record.get("dropped", ()), *dropped})
             record["outputs"] = {n: s for n, s in record["outputs"].items() if n not in dropped}
-            partial = folder / ".run.json"
-            partial.write_text(json.dumps(record, indent=1))
-            partial.replace(folder / "run.json")
+            _write_signed(record, folder / "run.json")
             for name in dropped:
                 (folder / name).unlink(missing_ok=True)
             for parent in {(folder / name).parent for name in dropped} - {folder}:
                 parent.rmdir()
         self._intact.pop(key, None)
 
+    @contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        """For one process at a time; whoever waits for another says so."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder.with_name(folder.name + ".lock"))
+            try:
+                lock.acquire(timeout=SILENT_SECONDS)
+            except Timeout:
+                logger.info("Waiting for another process, which is building %s", folder.name)
+                lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise SsahError(
+                f"{self.root} cannot be used ({error}): point SSAH_HOME at a folder of your own, "
+                "on a disk that can lock files."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _fault(self, folder: Path, name: str) -> str | None:
         """Why the folder is no usable run, or None."""
         if not folder.exists():
             return "missing"
         try:
-            record = json.loads((folder / "run.json").read_text())
-            _ = record["seconds"]
+            record = json.loads((folder / "run.json").read_text("utf-8"))
+            if "sha256" not in record and "stage" in record:  # written before records were signed
+                record = _write_signed(record, folder / "run.json")
+            if set(record) - RECORDED or record.get("sha256") != _signature(record):
+                return "run.json is not what was written"
             if _dropped(record, name):
                 return f"{name or record['dropped'][0]} was dropped to make room"
             for output, sha in record["outputs"].items():
@@ -204,8 +241,21 @@ class Store:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **provenance(),
         }
-        (partial / "run.json").write_text(json.dumps(record, indent=1))
+        _write_signed(record, partial / "run.json")
         partial.replace(handle.folder)
+
+
+def _signature(record: Mapping[str, Any]) -> str:
+    """sha256 of all else in a record: the digests in it are only as good as its own bytes."""
+    return digest({name: value for name, value in record.items() if name != "sha256"})
+
+
+def _write_signed(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    signed = {**record, "sha256": _signature(record)}
+    partial = path.with_name(".run.json")
+    partial.write_text(json.dumps(signed, indent=1), encoding="utf-8")
+    partial.replace(path)
+    return signed
 
 
 def _dropped(record: Mapping[str, Any], name: str) -> bool:

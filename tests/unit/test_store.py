@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from ssah.core.errors import SsahError
 from ssah.core.store import Handle, NotBuilt, Store, behind, canonical, digest
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -158,9 +163,8 @@ def _replace_record(text: str) -> Callable[[Path], None]:
         (_remove_record, "damaged (FileNotFoundError)"),
         (_replace_record(""), "damaged (JSONDecodeError)"),
         (_replace_record("null"), "damaged (TypeError)"),
-        (_replace_record("{}"), "damaged (KeyError)"),
-        (_replace_record('{"outputs": [], "seconds": 1}'), "damaged (AttributeError)"),
-        (_replace_record('{"outputs": {}}'), "damaged (KeyError)"),
+        (_replace_record("{}"), "run.json is not what was written"),
+        (_replace_record('{"outputs": {}, "seconds": 1}'), "run.json is not what was written"),
     ],
 )
 def test_damage_is_noticed_explained_in_a_line_and_repaired(root, capsys, damage, reason):
@@ -180,6 +184,80 @@ def test_damage_is_noticed_explained_in_a_line_and_repaired(root, capsys, damage
     assert repaired.path("deep/output.txt").read_text() == "content"
     assert fresh(root, build).key == run.key
     assert build.calls == 2, "a repaired run is a hit again"
+
+
+def test_every_flipped_bit_is_found(root, capsys):
+    """In any byte of a run, its record included."""
+    rng = random.Random(0)
+    for _ in range(50):
+        run = fresh(root, build := Counter())
+        assert build.calls <= 1
+        path = rng.choice([run.folder / "run.json", run.folder / "deep" / "output.txt"])
+        content = bytearray(path.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        capsys.readouterr()
+        fresh(root, build := Counter())
+        assert build.calls == 1, (path.name, bytes(content))
+        assert "computing it again" in capsys.readouterr().err
+
+
+def test_a_record_from_before_records_were_signed_is_signed(root):
+    run = fresh(root, build := Counter())
+    record = json.loads((run.folder / "run.json").read_text())
+    del record["sha256"]
+    (run.folder / "run.json").write_text(json.dumps(record))
+    with Store(root).only_reading():
+        fresh(root, build)
+    assert build.calls == 1
+    assert "sha256" in json.loads((run.folder / "run.json").read_text())
+
+
+def test_damage_is_no_reason_to_build_where_nothing_may_be_built(root):
+    run = fresh(root, build := Counter())
+    (run.folder / "deep" / "output.txt").write_text("other!!")
+    store = Store(root)
+    with store.only_reading(), pytest.raises(NotBuilt):
+        lazy(store, build).path("")
+    assert (run.folder / "run.json").exists()
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(SsahError, match=r"cannot be used .*: point SSAH_HOME at a folder"):
+        fresh(blocked / "runs", Counter())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()]
+)
+def test_a_disk_without_locks_is_one_sentence(root, monkeypatch, error):
+    def acquire(*_, **__):
+        raise error
+
+    monkeypatch.setattr("ssah.core.store.FileLock.acquire", acquire)
+    with pytest.raises(SsahError, match="on a disk that can lock files"):
+        fresh(root, Counter())
+
+
+def test_whoever_waits_says_for_what(root, monkeypatch, caplog):
+    monkeypatch.setattr("ssah.core.store.SILENT_SECONDS", 0.05)
+    handle = fresh(root, Counter())
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(handle.folder.with_name(handle.folder.name + ".lock")):
+            held.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with caplog.at_level("INFO", "ssah"):
+        fresh(root, Counter())
+    thread.join()
+    assert f"Waiting for another process, which is building {handle.folder.name}" in caplog.text
 
 
 def test_a_first_build_says_nothing_about_damage(root, capsys):
