@@ -24,6 +24,7 @@ from ..lab.measure import collect
 from ..lab.table import merged, read_table, same_subjects, typed, write_table
 from . import report
 from .notebooks import available, execute
+from .processes import side_by_side
 from .study import Study
 from .write import SETTINGS, write_output
 
@@ -105,7 +106,9 @@ def plan(profile: str, overrides: list[str]) -> None:
         table.add_row(*map(str, row))
     _show(table)
     if total:
-        print(f"About {total:.0f} minutes are left, by what the published run took on 2 cores.")
+        count = side_by_side(study.config)
+        beside = f"{count} processes side by side" if count > 1 else "one process"
+        print(f"About {total / count:.0f} minutes are left for {beside}, by the published run.")
 
 
 def run_job(number: int, profile: str, overrides: list[str]) -> None:

@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import pandas as pd
 from filelock import FileLock
-from matplotlib.figure import Figure
 
 from ..core.files import write_atomically
 from ..core.store import behind
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..artefacts import Artefact, Output
     from .study import Study
 
@@ -65,6 +65,8 @@ def _to_csv(frame: pd.DataFrame, path: Path) -> None:
 
 
 def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:
+    import matplotlib as mpl
+
     with mpl.rc_context({"svg.hashsalt": path.name}):
         for kind in ("png", "svg"):
             # Without a date, equal figures are equal files.

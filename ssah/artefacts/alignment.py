@@ -19,9 +19,9 @@ from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import RU
 from . import Output
-from .draw import COLOURS, STYLE, ShownFigure, format_estimate
+from .draw import COLOURS, STYLE, ShownFigure
 from .freezing import name_of
-from .pick import arms_of, estimate, filled, paper_rows
+from .pick import arms_of, estimate, filled, format_estimate, paper_rows
 
 #: How comparisons are called.
 GIVEN_MODEL, WHOLE, RANDOM = "unaligned", "all units", "random"

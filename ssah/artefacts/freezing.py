@@ -18,8 +18,7 @@ from ..lab.stages.lessons import ATTACKS, MAIN_ATTACK, STYLE_LESSON, available_a
 from ..lab.units_of import ALL_CU, CU6
 from ..scoring.selectors import RULES
 from . import Output
-from .draw import format_estimate
-from .pick import arms_of, estimate, filled, paper, paper_rows
+from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows
 
 #: How comparisons are called.
 BEFORE = "before"

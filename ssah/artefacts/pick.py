@@ -1,4 +1,4 @@
-"""Reading the table of measurements: rows of one arm and metric, seeds and draws pooled."""
+"""Reading the table of measurements: an arm's rows, seeds and draws pooled, numbers as text."""
 
 from __future__ import annotations
 
@@ -90,3 +90,12 @@ def paper_rows(
             row = rows.setdefault(key, {"model": f"paper: {key[0]}", setting: key[1]})
             row[column] = f"{record['value']:.{digits}f}"
     return list(rows.values())
+
+
+def format_estimate(e: Estimate | None, digits: int = 1) -> str:
+    """``12.0 [7.0, 19.8]``; a number without an interval alone."""
+    if e is None:
+        return ""
+    if e.low == e.high:
+        return f"{e.value:.{digits}f}"
+    return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"

@@ -11,8 +11,7 @@ from ..lab.measure import Measure
 from ..lab.metrics.behaviour import SYSTEM
 from ..lab.units_of import ESU, EUU, RU
 from . import Output
-from .draw import format_estimate
-from .pick import arms_of, estimate, filled, paper, rows_of
+from .pick import arms_of, estimate, filled, format_estimate, paper, rows_of
 
 GROUPS = (ESU, EUU, RU)
 

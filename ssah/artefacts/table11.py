@@ -9,8 +9,7 @@ from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
 from . import Output
-from .draw import format_estimate
-from .pick import estimate, filled, paper_rows
+from .pick import estimate, filled, format_estimate, paper_rows
 
 #: Column -> metric, on what, digits.
 _COLUMNS = {

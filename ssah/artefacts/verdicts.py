@@ -16,8 +16,8 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import AGREEMENT, CORRECTED
 from . import Output
-from .draw import STYLE, ShownFigure, format_estimate
-from .pick import arms_of, estimate
+from .draw import STYLE, ShownFigure
+from .pick import arms_of, estimate, format_estimate
 
 #: Answered comes first, so that its bar and its corrected share start at the same place; a hatch
 #: tells the others apart without colour.

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..artefacts.draw import format_estimate
-from ..artefacts.pick import paper, pooled
+from ..artefacts.pick import format_estimate, paper, pooled
 from ..core.files import write_atomically
 from ..core.paths import results_root
 from ..evaluate.stats import Estimate

@@ -189,16 +189,15 @@ def _require_all_weights(path: str, report: Mapping[str, Collection[Any]]) -> No
 def architecture(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model without weights: its shapes. Raises :class:`UnsupportedModelError` for a family
     without a unit layout."""
+    path = checkpoint.path  # where it is not there yet, no library need be loaded
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(checkpoint.path, revision=checkpoint.revision)
+            config = AutoConfig.from_pretrained(path, revision=checkpoint.revision)
     except (OSError, ValueError, KeyError) as error:
         reason = _first_line(error)
-        raise SsahError(
-            f"The configuration in {checkpoint.path} cannot be read: {reason}"
-        ) from error
+        raise SsahError(f"The configuration in {path} cannot be read: {reason}") from error
     family_of(config.get_text_config().model_type)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

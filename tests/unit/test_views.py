@@ -7,8 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ssah.artefacts import ARTEFACTS, Output
-from ssah.artefacts.draw import format_estimate
-from ssah.artefacts.pick import estimate, paper, rows_of
+from ssah.artefacts.pick import estimate, format_estimate, paper, rows_of
 from ssah.core.errors import SsahError
 from ssah.units.roles import GROUPS
 

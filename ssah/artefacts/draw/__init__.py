@@ -1,4 +1,4 @@
-"""What figures share: style, colours, numbers as text."""
+"""What figures share: style and colours."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-
-from ...evaluate.stats import Estimate
 
 STYLE = str(Path(__file__).with_name("style.mplstyle"))
 
@@ -34,12 +32,3 @@ COLOURS = {
 
 #: Colours of percentages: a square-root scale keeps about one per cent visible beside a hundred.
 SHARES = PowerNorm(0.5, vmin=0, vmax=100)
-
-
-def format_estimate(e: Estimate | None, digits: int = 1) -> str:
-    """``12.0 [7.0, 19.8]``; a number without an interval alone."""
-    if e is None:
-        return ""
-    if e.low == e.high:
-        return f"{e.value:.{digits}f}"
-    return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
