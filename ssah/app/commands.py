@@ -42,6 +42,7 @@ def artefacts(names: Sequence[str], profile: str, overrides: list[str], *, sweep
             print(f"{name}: {ARTEFACTS[name].title}.", file=sys.stderr)
             study.show(name)
             print("\n".join(str(p) for p in sorted(study.results.glob(f"*/{name}.*"))))
+        report.update_claims(study.results)
 
 
 def prepared(profile: str, overrides: list[str]) -> Study:

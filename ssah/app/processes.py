@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
@@ -54,9 +54,11 @@ def run_jobs(study: Study, artefacts: Sequence[str], numbers: Sequence[int]) -> 
     context = multiprocessing.get_context("spawn")
     overrides = (*study.overrides, f"runtime.device={study.config.runtime.device}")
     with ProcessPoolExecutor(count, context, show_progress) as pool:
-        start = functools.partial(
-            pool.submit, _run, study.config.name, overrides, tuple(artefacts), threads
-        )
+        made = (study.config.name, overrides, tuple(artefacts), threads)
+
+        def start(number: int) -> Future[None]:
+            return pool.submit(_run, *made, number)
+
         waiting = [number for number in numbers if jobs[number].waits]
         started = {start(n): jobs[n].name for n in numbers if not jobs[n].waits}
         running = set(started)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from ..artefacts import ARTEFACTS, Artefact, find
-from ..claims.table import claims_table, styled, update_claims
+from ..claims.table import styled, update_claims
 from ..core.files import write_atomically
 from ..core.paths import home, results_root
 from ..core.progress import in_notebook, show_progress
@@ -113,12 +113,11 @@ class Study:
         output = write_output(self, artefact, own)
         write_table(updated(read_table(self.results), own), self.results)
         write_times(self, artefact, used, time.monotonic() - start)
-        update_claims(self.results)
         return output.figure if output.figure is not None else output.table
 
     def claims(self, artefact: str | None = None) -> Any:
         """The claims table, or its rows that rest on one artefact."""
-        table = claims_table(self.results)
+        table = update_claims(self.results)
         return styled(table if artefact is None else table[table["artefact"] == artefact])
 
     @property

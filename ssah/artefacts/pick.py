@@ -22,12 +22,11 @@ _PLAIN = {
 def rows_of(table: pd.DataFrame, metric: str, **columns: Any) -> pd.DataFrame:
     """Rows of a metric; columns that are not named have their plain values, those that are None
     any."""
-    wanted = _PLAIN | columns | {"metric": metric}
-    chosen = pd.Series(True, index=table.index)
-    for name, value in wanted.items():
+    chosen = table[table["metric"] == metric]  # few are left for the other columns
+    for name, value in (_PLAIN | columns).items():
         if value is not None:
-            chosen &= table[name] == value
-    return table[chosen]
+            chosen = chosen[chosen[name] == value]
+    return chosen
 
 
 def pooled(rows: pd.DataFrame) -> Estimate | None:

@@ -37,18 +37,16 @@ def claims() -> tuple[dict[str, Any], ...]:
 
 def behind(claim: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
     """The measurements that decide a claim."""
-    chosen = pd.Series(True, index=table.index)
+    chosen = table[table["metric"] == claim["metric"]]  # few are left for the other columns
     for name in _SUBJECT:
         wanted = claim[name]
         if isinstance(wanted, str) and wanted.endswith("*"):
-            chosen &= table[name].str.startswith(wanted[:-1])
+            chosen = chosen[chosen[name].str.startswith(wanted[:-1])]
         else:
-            chosen &= table[name] == wanted
-    if claim["block"] == "last" and chosen.any():
-        chosen &= table["block"] == table[chosen]["block"].max()
-    elif claim["block"] == "none":
-        chosen &= table["block"].isna()
-    return table[chosen]
+            chosen = chosen[chosen[name] == wanted]
+    if claim["block"] == "last" and len(chosen):
+        return chosen[chosen["block"] == chosen["block"].max()]
+    return chosen[chosen["block"].isna()] if claim["block"] == "none" else chosen
 
 
 def verdict(claim: dict[str, Any], estimate: Estimate) -> str:
