@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> int:
     """The command line, where what it needs is installed; else a sentence that says what to do."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read where libraries are imported
     try:
         from .app.cli import main as command_line
     except ModuleNotFoundError as error:
