@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from ..artefacts import ARTEFACTS
@@ -105,7 +104,7 @@ def plan(profile: str, overrides: list[str]) -> None:
             minutes, memory = f"{left:.0f}", f"{took.loc[job.name, 'peak_memory_mib'] / 1024:.1f}"
         row = (number, job.lab.seed, job.name, job.asked, missing, minutes, memory)
         table.add_row(*map(str, row))
-    _show(table)
+    report.show(table)
     if total:
         count = side_by_side(study.config)
         beside = f"{count} processes side by side" if count > 1 else "one process"
@@ -143,13 +142,6 @@ def merge(folders: Sequence[Path], target: Path) -> None:
     report.update_claims(target)
 
 
-def _show(table: Table) -> None:
-    """On standard output. A file or a pipe has no width: there nothing is folded at 80 columns."""
-    console = Console()
-    console.width = console.width if console.is_terminal else 160
-    console.print(table)
-
-
 def assets(*, fetch_all: bool) -> None:
     """List what is embedded, or download all of it first."""
     store = Store(home() / "runs")
@@ -162,7 +154,7 @@ def assets(*, fetch_all: bool) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
-    _show(table)
+    report.show(table)
 
 
 def judge(file: Path, text: str, label: str, prompt: str | None) -> None:

@@ -42,9 +42,10 @@ def side_by_side(config: Config) -> int:
     return max(1, min(torch.get_num_threads(), int(memory // needed)))
 
 
-def run_jobs(study: Study, artefacts: Sequence[str], numbers: Sequence[int]) -> None:
-    """Compute jobs of :meth:`ssah.app.study.Study.jobs`, by their numbers."""
+def run_jobs(study: Study, artefacts: Sequence[str]) -> None:
+    """Compute the jobs of some artefacts that are not done (:meth:`ssah.app.study.Study.jobs`)."""
     jobs = study.jobs(artefacts)
+    numbers = [number for number, job in enumerate(jobs) if job.missing()]
     count = min(side_by_side(study.config), len(numbers))
     if count <= 1:
         for number in numbers:

@@ -48,8 +48,13 @@ def print_claims(results: Path) -> None:
         table.add_column(column)
     for row in claims_table(results).to_dict("records"):
         table.add_row(f"{row['text']} ({row['unit']})", *(str(row[c]) for c in columns))
+    show(table)
+
+
+def show(table: Table) -> None:
+    """On standard output. A log file has no width: at the usual 80 columns every interval would be
+    broken there."""
     console = Console()
-    # A log file has no width; the default of 80 columns would break every interval.
     Console(width=None if console.is_terminal else 140).print(table)
 
 

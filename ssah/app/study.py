@@ -84,8 +84,7 @@ class Study:
 
     def collect(self, artefacts: Sequence[str] = tuple(ARTEFACTS)) -> None:
         """Compute what these artefacts ask, all of it together: each model is trained once."""
-        todo = [number for number, job in enumerate(self.jobs(artefacts)) if job.missing()]
-        run_jobs(self, artefacts, todo)
+        run_jobs(self, artefacts)
 
     def write_costs(self) -> None:
         """What each finished job took, for the plans of others (``jobs.csv``)."""

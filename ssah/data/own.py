@@ -8,7 +8,7 @@ from ..core.paths import RESOURCES
 from .arithmetic import arithmetic_problems
 from .rows import Row, read_jsonl
 from .settings import DataConfig
-from .split import divide_benign, divide_harmful
+from .split import divide_benign, divide_harmful, grouped
 from .toy import ToyHarm
 
 
@@ -45,7 +45,7 @@ def toy_sets(config: DataConfig) -> dict[str, list[Row]]:
     ]
     return {
         **divide_harmful(harmful, config),
-        **divide_benign(benign, config.near_duplicate),
+        **divide_benign(grouped(benign, config.near_duplicate)),
         "borderline": own_rows("borderline_prompts")[:16],
         "harmbench": harmful[:8],
         "do_not_answer": harmful[8:16],

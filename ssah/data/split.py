@@ -78,6 +78,11 @@ def cluster(texts: Sequence[str], threshold: float) -> list[list[int]]:
     return list(groups.values())
 
 
+def grouped(rows: Sequence[Row], near_duplicate: float) -> list[list[Row]]:
+    """Rows whose prompts nearly equal each other, together: none of them may go another way."""
+    return [[rows[i] for i in group] for group in cluster([r.prompt for r in rows], near_duplicate)]
+
+
 def divide_harmful(rows: list[Row], config: DataConfig) -> dict[str, list[Row]]:
     """Evaluation, search, align and (the rest) attribution, near-duplicates kept together.
 
@@ -95,7 +100,7 @@ def divide_harmful(rows: list[Row], config: DataConfig) -> dict[str, list[Row]]:
             f"data.evaluation + data.search + data.align = {sum(sizes.values())} leaves none of "
             f"the {len(rows)} harmful prompts for attribution: make them smaller."
         )
-    clusters = cluster([row.prompt for row in rows], config.near_duplicate)
+    clusters = grouped(rows, config.near_duplicate)
     random.Random(config.split_seed).shuffle(clusters)
     parts: dict[str, list[Row]] = {}
     for name, size in sizes.items():
@@ -103,7 +108,7 @@ def divide_harmful(rows: list[Row], config: DataConfig) -> dict[str, list[Row]]:
         left = []
         for group in clusters:
             if len(part) + len(group) <= size:
-                part += [rows[i] for i in group]
+                part += group
             else:
                 left.append(group)
         if len(part) < size:
@@ -112,21 +117,21 @@ def divide_harmful(rows: list[Row], config: DataConfig) -> dict[str, list[Row]]:
                 "near-duplicates apart: ask for fewer or raise data.near_duplicate."
             )
         parts[f"harmful_{name}"], clusters = part, left
-    parts["harmful_attribution"] = [rows[i] for group in clusters for i in group]
+    parts["harmful_attribution"] = [row for group in clusters for row in group]
     return parts
 
 
-def divide_benign(rows: list[Row], near_duplicate: float) -> dict[str, list[Row]]:
-    """A quarter for evaluation, the rest in turns to alignment and attribution; near-duplicates go
-    together."""
+def divide_benign(groups: list[list[Row]]) -> dict[str, list[Row]]:
+    """A quarter for evaluation, the rest in turns to alignment and attribution, by
+    :func:`grouped`."""
     parts: dict[str, list[Row]] = {"evaluation": [], "align": [], "attribution": []}
     turns = (
         "evaluation", "align", "attribution", "align",
         "evaluation", "attribution", "align", "attribution",
     )  # fmt: skip
     placed = 0
-    for group in cluster([row.prompt for row in rows], near_duplicate):
-        parts[turns[placed % len(turns)]] += [rows[i] for i in group]
+    for group in groups:
+        parts[turns[placed % len(turns)]] += group
         placed += len(group)
     return {f"benign_{name}": part for name, part in parts.items()}
 

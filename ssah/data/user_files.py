@@ -16,7 +16,7 @@ from typing import Any
 from ..core.errors import InvalidValueError, SsahError, suggestion
 from .rows import Row
 from .settings import DataConfig
-from .split import cluster, divide_benign, divide_harmful
+from .split import divide_benign, divide_harmful, grouped
 
 logger = logging.getLogger(__name__)
 
@@ -113,25 +113,18 @@ def sets_from_files(config: DataConfig) -> dict[str, list[Row]]:
             f"data.files.benign has {len(benign)} rows with a prompt and a response, and needs "
             f"{2 * HELD_OUT}: {HELD_OUT} of them are kept for perplexity."
         )
-    heldout, rest = _held_out(benign, config.near_duplicate)
+    heldout: list[Row] = []
+    groups = grouped(benign, config.near_duplicate)
+    while len(heldout) < HELD_OUT:  # the first ones, with whatever nearly equals one of them
+        heldout += groups.pop(0)
     if "arithmetic" in loaded:
         loaded["arithmetic"] = [_with_result(row) for row in loaded["arithmetic"]]
     return {
         **divide_harmful(harmful, config),
-        **divide_benign(rest, config.near_duplicate),
+        **divide_benign(groups),
         "heldout_text": heldout,
         **loaded,
     }
-
-
-def _held_out(rows: list[Row], near_duplicate: float) -> tuple[list[Row], list[Row]]:
-    """The first rows, with whatever nearly equals one of them, and the others."""
-    held: list[Row] = []
-    rest: list[Row] = []
-    for group in cluster([row.prompt for row in rows], near_duplicate):
-        part = held if len(held) < HELD_OUT else rest
-        part += [rows[i] for i in group]
-    return held, rest
 
 
 def _with_result(row: Row) -> Row:

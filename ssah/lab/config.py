@@ -144,9 +144,8 @@ class RuntimeConfig:
 
     device: str = "auto"
     threads: int | None = within(None, 1, 1024)
-    processes: int | None = within(
-        None, 1, 1024
-    )  #: jobs side by side; null: what memory and cores allow
+    #: Jobs side by side; null: what memory and cores allow.
+    processes: int | None = within(None, 1, 1024)
 
 
 @dataclass
@@ -156,9 +155,8 @@ class Config:
     name: str = MISSING
     seed: int = within(0, 0, 2**32 - 1)
     n_seeds: int = within(1, 1, 1000)
-    headline_seeds: int = within(
-        0, 0, 1000
-    )  #: of Table 1 and the main attack of Table 2, where more than n_seeds
+    #: Of Table 1 and the main attack of Table 2, where these are more than ``n_seeds``.
+    headline_seeds: int = within(0, 0, 1000)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -29,6 +29,7 @@ from ssah.data.split import (
     content_words,
     divide_benign,
     divide_harmful,
+    grouped,
     require_disjoint,
     similarity,
 )
@@ -201,10 +202,10 @@ def test_equal_prompts_stay_together_however_many_there_are(monkeypatch):
 
 def test_benign_prompts_that_are_given_twice_are_in_one_part():
     once = [Row(str(i), f"{word(i)} {word(i + 50)}", "test", "MIT") for i in range(40)]
-    parts = divide_benign([*once, *once], 0.5)
+    parts = divide_benign(grouped([*once, *once], 0.5))
     require_disjoint(parts)
     assert sum(map(len, parts.values())) == 80
-    assert {name: len(part) for name, part in divide_benign(once, 0.5).items()} == {
+    assert {name: len(part) for name, part in divide_benign(grouped(once, 0.5)).items()} == {
         "benign_evaluation": 10, "benign_align": 15, "benign_attribution": 15,
     }  # fmt: skip
 
