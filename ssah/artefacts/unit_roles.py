@@ -110,6 +110,7 @@ def fig_roles_map(table: pd.DataFrame, config: Config) -> Output:
                 grid.loc[list(GROUPS)].astype(float), ax=axes, norm=SHARES, cmap="cividis",
                 cbar=False,
             )  # fmt: skip
+            axes.grid(False)
             axes.tick_params(left=False, bottom=False, labelrotation=0)
             axes.set_title(title, loc="left")
             axes.set(xlabel="", ylabel="")

@@ -72,5 +72,6 @@ def draw_matrix(
         matrix, ax=axes, norm=SHARES, cmap="cividis", square=True, cbar=False,
         annot=True, fmt=".2f", annot_kws={"fontsize": 7}, xticklabels=after, yticklabels=before,
     )  # fmt: skip
+    axes.grid(False)
     axes.tick_params(left=False, bottom=False, labelrotation=0)
     axes.set_title(title, fontsize=8)
