@@ -113,8 +113,9 @@ def publish(overrides: Sequence[str]) -> None:
 def plan(overrides: Sequence[str]) -> None:
     """What there is to compute, how long it takes, and what is there."""
     from . import commands
+    from .study import Study
 
-    commands.plan(*split_profile(list(overrides)))
+    commands.plan(Study(*split_profile(list(overrides))))
 
 
 @ssah.command()

@@ -22,7 +22,7 @@ from ..lab.headline import headline, random_completions
 from ..lab.measure import collect
 from ..lab.table import merged, read_table, same_subjects, typed, write_table
 from . import report
-from .notebooks import available, execute
+from .notebooks import available, execute, execute_all
 from .processes import side_by_side
 from .study import Study
 from .write import SETTINGS, write_output
@@ -41,15 +41,19 @@ def artefacts(names: Sequence[str], profile: str, overrides: list[str], *, sweep
             print(f"{name}: {ARTEFACTS[name].title}.", file=sys.stderr)
             study.show(name)
             print("\n".join(str(p) for p in sorted(study.results.glob(f"*/{name}.*"))))
-        report.update_claims(study.results)
+        report.write_reports(study.results)
 
 
 def prepared(profile: str, overrides: list[str]) -> Study:
     """A study whose input was looked at: bad input is found before hours of work."""
     study = Study(profile, overrides)
+    _look_at(study)
+    return study
+
+
+def _look_at(study: Study) -> None:
     lab = study.labs[0]
     _ = lab.layout, lab.sets.path("")
-    return study
 
 
 def results_of(profile: str, overrides: list[str]) -> Path:
@@ -68,14 +72,14 @@ def reproduce(profile: str, overrides: list[str], *, publishing: bool = False) -
     """Compute everything, execute every notebook, then print the claims table; or publish that."""
     if publishing and profile == "smoke":
         raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
-    plan(profile, overrides)
-    study = prepared(profile, overrides)
+    study = Study(profile, overrides)
+    plan(study)
+    _look_at(study)
     study.collect()
     study.write_costs()
-    for name in [*available(), "00_index"]:
-        print(f"Executing {name} ...", file=sys.stderr)
-        execute(name, study.results, profile, overrides)
-    report.write_index(study.results)
+    execute_all(available(), study.results, profile, overrides)
+    execute_all(["00_index"], study.results, profile, overrides)  # shows what the others wrote
+    report.write_reports(study.results)
     results = study.results
     if publishing:
         report.publish(results)
@@ -83,15 +87,14 @@ def reproduce(profile: str, overrides: list[str], *, publishing: bool = False) -
     report.print_claims(results)
 
 
-def plan(profile: str, overrides: list[str]) -> None:
+def plan(study: Study) -> None:
     """Print the jobs of a study: what each asks, how much of it is not there yet, and how long
     that took, and how much memory, in the published run."""
-    study = Study(profile, overrides)
     path = results_root() / "published" / "jobs.csv"
     same_model = study.config.name == "laptop" and study.config.model.name == "smollm2"
     known = pd.read_csv(path) if same_model and path.exists() else pd.DataFrame({"job": []})
     took = known.groupby("job").max(numeric_only=True)
-    table = Table(title=f"Profile {profile}, results in {study.results}")
+    table = Table(title=f"Profile {study.config.name}, results in {study.results}")
     for column in ("job", "seed", "model", "questions", "to do", "minutes", "GB"):
         table.add_column(column, justify="left" if column == "model" else "right")
     jobs, total = study.jobs(), 0.0
@@ -138,8 +141,7 @@ def merge(folders: Sequence[Path], target: Path) -> None:
             shown = pd.concat([pd.read_csv(part) for part in parts])
             write_output(study, artefact, same_subjects(whole, typed(shown)))
     write_table(whole, target)
-    report.write_index(target)
-    report.update_claims(target)
+    report.write_reports(target)
 
 
 def assets(*, fetch_all: bool) -> None:

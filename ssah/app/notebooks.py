@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..artefacts import ARTEFACTS
@@ -17,6 +19,28 @@ PARAMETERS = ("profile", "overrides", "only")
 def available() -> list[str]:
     """Names of the notebooks that show artefacts, in reading order (the index comes last)."""
     return list(dict.fromkeys(a.notebook for a in ARTEFACTS.values()))
+
+
+def execute_all(
+    names: Sequence[str], results: Path, profile: str, overrides: Sequence[str]
+) -> None:
+    """Run several notebooks, as many at a time as there are cores; the first failure is raised when
+    those that run have ended."""
+
+    def run(name: str) -> None:
+        print(f"Executing {name} ...", file=sys.stderr)
+        execute(name, results, profile, overrides)
+
+    # Kernels that share the cores: threads of each would wait for those of the others.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = [pool.submit(run, name) for name in names]
+        try:
+            for future in started:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def execute(

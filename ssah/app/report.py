@@ -58,8 +58,14 @@ def show(table: Table) -> None:
     Console(width=None if console.is_terminal else 140).print(table)
 
 
-def write_index(results: Path) -> Path:
-    """One page with the claims and every artefact of a results folder."""
+def write_reports(results: Path) -> None:
+    """What is made out of all numbers of a results folder: ``measurements.csv`` for people,
+    ``claims.csv``, and ``index.html``, one page with the claims and every artefact."""
+    table = read_table(results)
+    write_atomically(
+        results / "measurements.csv", lambda p: table.to_csv(p, index=False, float_format="%.6g")
+    )
+    claims = update_claims(results)
     sections = []
     for artefact in ARTEFACTS.values():
         figure = (results / "figures" / f"{artefact.id}.svg").exists()
@@ -72,12 +78,10 @@ def write_index(results: Path) -> Path:
     page = Environment(autoescape=False).from_string(_PAGE)
     html = page.render(
         title=results.name,
-        claims=styled(claims_table(results)).to_html(index=False, border=0),
+        claims=styled(claims).to_html(index=False, border=0),
         sections=sections,
     )
-    target = results / "index.html"
-    write_atomically(target, lambda path: path.write_text(html, encoding="utf-8"))
-    return target
+    write_atomically(results / "index.html", lambda p: p.write_text(html, encoding="utf-8"))
 
 
 def publish(results: Path) -> None:
@@ -113,8 +117,7 @@ def require_known_commits(table: pd.DataFrame) -> None:
 def refresh_published() -> None:
     """What is made out of all published numbers."""
     published = results_root() / "published"
-    update_claims(published)
-    write_index(published)
+    write_reports(published)
     refresh_texts()
 
 

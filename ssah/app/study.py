@@ -11,9 +11,10 @@ from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from ..artefacts import ARTEFACTS, Artefact, find
-from ..claims.table import styled, update_claims
+from ..claims.table import claims_table, styled
 from ..core.files import write_atomically
 from ..core.paths import home, results_root
 from ..core.progress import in_notebook, show_progress
@@ -110,13 +111,14 @@ class Study:
             used |= keys
         own = merged(parts) if any(len(part) for part in parts) else typed(pd.DataFrame())
         output = write_output(self, artefact, own)
-        write_table(updated(read_table(self.results), own), self.results)
+        with FileLock(self.results / ".measurements.lock"):  # notebooks run side by side
+            write_table(updated(read_table(self.results), own), self.results)
         write_times(self, artefact, used, time.monotonic() - start)
         return output.figure if output.figure is not None else output.table
 
     def claims(self, artefact: str | None = None) -> Any:
         """The claims table, or its rows that rest on one artefact."""
-        table = update_claims(self.results)
+        table = claims_table(self.results)
         return styled(table if artefact is None else table[table["artefact"] == artefact])
 
     @property

@@ -75,6 +75,7 @@ def _write_figure(figure: Figure, path: Path, line: str, note: str) -> None:
                 path.with_suffix(f".{kind}"),
                 functools.partial(figure.savefig, format=kind, metadata=metadata),
             )
+            figure.set_layout_engine("none")  # what was found for the first holds for the others
     write_atomically(
         path.with_suffix(".md"), lambda p: p.write_text(f"{note}\n\n{line}\n", encoding="utf-8")
     )

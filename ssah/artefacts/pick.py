@@ -10,6 +10,7 @@ import pandas as pd
 from ..core.paths import reference_csv
 from ..evaluate.stats import Estimate, pool
 from ..lab.arms import Arm
+from ..lab.table import matching
 
 #: What columns say of an arm where nothing is said about them.
 _PLAIN = {
@@ -22,11 +23,8 @@ _PLAIN = {
 def rows_of(table: pd.DataFrame, metric: str, **columns: Any) -> pd.DataFrame:
     """Rows of a metric; columns that are not named have their plain values, those that are None
     any."""
-    chosen = table[table["metric"] == metric]  # few are left for the other columns
-    for name, value in (_PLAIN | columns).items():
-        if value is not None:
-            chosen = chosen[chosen[name] == value]
-    return chosen
+    wanted = {name: value for name, value in (_PLAIN | columns).items() if value is not None}
+    return matching(table, metric=metric, **wanted)
 
 
 def pooled(rows: pd.DataFrame) -> Estimate | None:

@@ -12,8 +12,8 @@ from ..lab import catalogue
 from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
-from ..lab.metrics.direction import EVERY, QUERIES, SAME_WORDS, SUBTRACTED
-from ..lab.stages.probes import opening_texts
+from ..lab.metrics.direction import EVERY, SAME_WORDS, SUBTRACTED
+from ..lab.stages.probes import QUERIES, opening_texts
 from . import Output
 from .draw import STYLE, ShownFigure
 from .draw.mirrored import bases, by_block, draw_blocks, draw_tokens

@@ -12,7 +12,7 @@ from ..artefacts.pick import format_estimate, paper, pooled
 from ..core.files import write_atomically
 from ..core.paths import results_root
 from ..evaluate.stats import Estimate
-from ..lab.table import read_table
+from ..lab.table import matching, read_table
 
 #: Columns of a claim that say which measurement decides it. ``block`` may be ``last`` or ``none``;
 #: a text that ends in ``*`` stands for all that begin so.
@@ -37,13 +37,10 @@ def claims() -> tuple[dict[str, Any], ...]:
 
 def behind(claim: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
     """The measurements that decide a claim."""
-    chosen = table[table["metric"] == claim["metric"]]  # few are left for the other columns
-    for name in _SUBJECT:
-        wanted = claim[name]
-        if isinstance(wanted, str) and wanted.endswith("*"):
-            chosen = chosen[chosen[name].str.startswith(wanted[:-1])]
-        else:
-            chosen = chosen[chosen[name] == wanted]
+    begun = {name for name in _SUBJECT if str(claim[name]).endswith("*")}
+    chosen = matching(table, **{name: claim[name] for name in _SUBJECT if name not in begun})
+    for name in begun:
+        chosen = chosen[chosen[name].str.startswith(claim[name][:-1])]
     if claim["block"] == "last" and len(chosen):
         return chosen[chosen["block"] == chosen["block"].max()]
     return chosen[chosen["block"].isna()] if claim["block"] == "none" else chosen

@@ -146,8 +146,9 @@ class Store:
 
     def record(self, folder: Path) -> dict[str, Any] | None:
         """What ``run.json`` says; None where there is no finished run."""
+        path = folder / "run.json"
         try:
-            return json.loads((folder / "run.json").read_text("utf-8"))
+            return _read(path, path.stat().st_mtime_ns)
         except (OSError, ValueError):
             return None
 
@@ -163,9 +164,9 @@ class Store:
             dropped = fnmatch.filter(record["outputs"], pattern) if record else []
             if record is None or not dropped:
                 return
-            record["dropped"] = sorted({*record.get("dropped", ()), *dropped})
-            record["outputs"] = {n: s for n, s in record["outputs"].items() if n not in dropped}
-            _write_signed(record, folder / "run.json")
+            left = {n: s for n, s in record["outputs"].items() if n not in dropped}
+            gone = sorted({*record.get("dropped", ()), *dropped})
+            _write_signed({**record, "dropped": gone, "outputs": left}, folder / "run.json")
             for name in dropped:
                 (folder / name).unlink(missing_ok=True)
             for parent in {(folder / name).parent for name in dropped} - {folder}:
@@ -243,6 +244,12 @@ class Store:
         }
         _write_signed(record, partial / "run.json")
         partial.replace(handle.folder)
+
+
+@functools.cache
+def _read(path: Path, written: int) -> dict[str, Any]:
+    """A record as it was written at that time: thousands are asked for again and again."""
+    return json.loads(path.read_text("utf-8"))
 
 
 def _signature(record: Mapping[str, Any]) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..text.batches import by_length, pad
 from ..text.chat import encode, end_tokens
+from ..text.forward import label_logits
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def complete(
@@ -48,42 +49,68 @@ def continuations(
     """Token ids that follow each prompt's, in the order given, without the end-of-turn token:
     greedy, or sampled from the model's whole distribution (temperature 1) with ``sample_seed``.
 
-    Prompts are padded on the left and batched by length, so that equal prompts get equal batch
-    shapes in every arm that is compared. Generation stops at any token that ends a turn
+    Prompts are padded on the left and batched by length, so that equal prompts get equal batches in
+    every arm that is compared. An answer stops at any token that ends a turn
     (:func:`ssah.text.chat.end_tokens`). What else the model's own generation settings say, such as
     a penalty for repetition, has no part in it.
     """
-    from transformers import GenerationConfig
-
     ends = end_tokens(model, tokenizer)
     answers: list[list[int]] = [[]] * len(ids)
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
     batches = list(by_length([len(prompt) for prompt in ids], batch_size))
     for chosen in tqdm(batches, desc="completions", leave=False, disable=not sys.stderr.isatty()):
-        batch = [ids[i] for i in chosen]
-        prompt = pad(batch, tokenizer.pad_token_id, "left").to(model.device)
-        attention = pad([[1] * len(b) for b in batch], 0, "left").to(model.device)
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=sample_seed is not None,
-            **({} if sample_seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
-        )
-        with _only(model, settings):
-            output = cast(Any, model).generate(input_ids=prompt, attention_mask=attention)
-        for i, row in zip(chosen, output[:, prompt.shape[1] :].tolist(), strict=True):
-            end = next((at for at, token in enumerate(row) if token in ends), len(row))
-            answers[i] = row[:end]
+        prompts = [ids[i] for i in chosen]
+        found = _continue(model, prompts, max_new_tokens, ends, sampled=sample_seed is not None)
+        for i, answer in zip(chosen, found, strict=True):
+            answers[i] = answer
     return answers
 
 
-@contextmanager
-def _only(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Generation settings in place of the model's own, which fill what an argument leaves open."""
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _continue(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    ends: Sequence[int],
+    *,
+    sampled: bool,
+) -> list[list[int]]:
+    """Continuations of one batch. Prompts whose answer has ended leave it, which ``generate`` of
+    transformers has no way to do: most refusals are over after a third of the steps."""
+    said: list[list[int]] = [[] for _ in prompts]
+    running = torch.arange(len(prompts))
+    ids = pad(prompts, 0, "left").to(model.device)
+    attention = pad([[1] * len(p) for p in prompts], 0, "left").to(model.device)
+    position = (attention.cumsum(1) - 1).clamp(min=0)
+    cache = None
+    for _ in range(max_new_tokens):
+        read = model.base_model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = read.past_key_values
+        logits = label_logits(model, read.last_hidden_state[:, -1])
+        token = _sample(logits, running, len(prompts)) if sampled else logits.argmax(-1)
+        kept = [n for n, t in enumerate(token.tolist()) if t not in ends]
+        for n in kept:
+            said[running[n]].append(int(token[n]))
+        if not kept:
+            break
+        if len(kept) < len(running):
+            still = torch.tensor(kept, device=model.device)
+            cache.batch_select_indices(still)
+            token, attention, position = token[still], attention[still], position[still]
+            running = running[kept]
+        ids, position = token[:, None], position[:, -1:] + 1
+        attention = torch.cat([attention, torch.ones_like(ids)], 1)
+    return said
+
+
+def _sample(logits: Tensor, running: Tensor, prompts: int) -> Tensor:
+    """A token for each running row. Random numbers are drawn for the rows that have ended as well:
+    what a row says does not depend on when the others end."""
+    noise = logits.new_empty(prompts, logits.shape[-1]).exponential_()
+    return (logits.softmax(-1) / noise[running.to(logits.device)]).argmax(-1)

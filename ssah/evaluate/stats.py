@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,10 +115,16 @@ def crossed_mean(values: np.ndarray) -> Estimate:
     For every query with every opening, or every harmful query against every harmless one.
     """
     values = np.asarray(values, float)
-    rng = np.random.default_rng(0)
-    rows, columns = (rng.multinomial(n, np.full(n, 1 / n), 1000) / n for n in values.shape)
+    rows, columns = _resampled(*values.shape)
     low, high = np.quantile(((rows @ values) * columns).sum(1), (0.025, 0.975))
     return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+@functools.cache
+def _resampled(*lengths: int) -> tuple[np.ndarray, ...]:
+    """The weight of each of so many items in 1000 bootstrap samples, ``[1000, length]`` each."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.multinomial(n, np.full(n, 1 / n), 1000) / n for n in lengths)
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> Estimate:

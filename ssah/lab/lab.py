@@ -21,7 +21,7 @@ from ..training.settings import AlignConfig, TrainingConfig
 from ..units.families import UnitKind
 from ..units.layout import UnitLayout
 from .config import Config, FinetuneConfig, model_config
-from .load import Checkpoint, architecture, load_model, load_tokenizer, locate
+from .load import Checkpoint, load_model, load_tokenizer, locate, shapes
 from .specs import GIVEN, REFUSALS, Ablate, Model, Train
 
 if TYPE_CHECKING:
@@ -94,13 +94,10 @@ class Lab:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.given, self.config.model)
 
-    @functools.cached_property
-    def _architecture(self) -> PreTrainedModel:
-        return architecture(self.given)
-
+    @functools.cache  # noqa: B019 - a lab lives as long as its process
     def layout_of(self, unit_kind: UnitKind) -> UnitLayout:
         """The model's layout with one kind of unit; training changes no shape."""
-        return UnitLayout.of(self._architecture, unit_kind)
+        return UnitLayout.of(shapes(self.store, self.given, self.config.model.name), unit_kind)
 
     @functools.cached_property
     def layout(self) -> UnitLayout:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ..core.errors import SsahError
 from ..core.paths import require_space
@@ -21,6 +24,7 @@ from ..data.assets import MODELS, fetch
 from ..data.toy import build_tiny_model
 from ..text.chat import CHATML, FIXED_DATE
 from ..units.families import family_of
+from ..units.layout import UnitLayout
 from .config import ModelConfig
 
 if TYPE_CHECKING:
@@ -186,9 +190,36 @@ def _require_all_weights(path: str, report: Mapping[str, Collection[Any]]) -> No
         )
 
 
-def architecture(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without weights: its shapes. Raises :class:`UnsupportedModelError` for a family
-    without a unit layout."""
+def shapes(store: Store, checkpoint: Checkpoint, name: str) -> PreTrainedModel:
+    """The linear layers of a model, without weights: enough for a layout.
+
+    They are read off once, since the library that knows them takes seconds to import.
+    Raises :class:`UnsupportedModelError` for a family without a unit layout.
+    """
+    key = {"version": 1, "model": checkpoint.identity}
+    run = Handle(store, "shapes", name, key, functools.partial(_write_shapes, checkpoint))
+    return cast("PreTrainedModel", _Skeleton(**run.json("shapes.json")))
+
+
+class _Skeleton(nn.Module):
+    """Linear layers without weights, under the paths that they have in a model, and what its
+    configuration says of heads and blocks."""
+
+    def __init__(self, config: Mapping[str, Any], layers: Mapping[str, tuple[int, int, bool]]):
+        super().__init__()
+        self.config: Any = SimpleNamespace(**config)
+        self.config.get_text_config = lambda: self.config
+        for path, (inputs, outputs, bias) in layers.items():
+            *above, name = path.split(".")
+            parent: nn.Module = self
+            for part in above:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(name, nn.Linear(inputs, outputs, bias, device="meta"))
+
+
+def _write_shapes(checkpoint: Checkpoint, folder: Path) -> None:
     path = checkpoint.path  # where it is not there yet, no library need be loaded
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -198,9 +229,19 @@ def architecture(checkpoint: Checkpoint) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         reason = _first_line(error)
         raise SsahError(f"The configuration in {path} cannot be read: {reason}") from error
-    family_of(config.get_text_config().model_type)
+    text = config.get_text_config()
+    family_of(text.model_type)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    UnitLayout.of(model)  # says what is wrong with it
+    layers = {
+        path: (layer.in_features, layer.out_features, layer.bias is not None)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    found = {"config": {name: getattr(text, name) for name in names}, "layers": layers}
+    (folder / "shapes.json").write_text(json.dumps(found))
 
 
 def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTokenizerBase:

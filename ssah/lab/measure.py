@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from ..core.store import NotBuilt
 from .arms import Arm
 from .lab import Lab
 from .metrics import METRICS
-from .samples import Found
+from .samples import Found, Result
 from .specs import Ablate, Model, Train
 from .table import COLUMNS, merged, typed
 
@@ -126,18 +127,24 @@ def measured(lab: Lab, measures: Sequence[Measure]) -> tuple[pd.DataFrame, set[s
     records, used = lab.store.records(), set(lab.store.touched)
     rows: list[dict[str, Any]] = []
     for measure in dict.fromkeys(measures):
-        lab.store.touched.clear()
-        found = list(measure.found(lab))
-        keys = sorted(lab.store.touched)
-        used |= lab.store.touched
+        found, keys = _found(lab, measure)
+        used |= set(keys)
         commits = sorted({records[key]["commit"] for key in keys if key in records})
         rows += _rows(lab, measure, found, keys, commits)
     table = typed(pd.DataFrame(rows, columns=COLUMNS))
     return merged([table]) if len(table) else table, used
 
 
+@functools.cache
+def _found(lab: Lab, measure: Measure) -> tuple[Sequence[Result], Sequence[str]]:
+    """Its estimates, once for all artefacts that ask for them, and the keys of the runs behind."""
+    lab.store.touched.clear()
+    found = tuple(measure.found(lab))
+    return found, sorted(lab.store.touched)
+
+
 def _rows(
-    lab: Lab, measure: Measure, found: Found | list, keys: list[str], commits: list[str]
+    lab: Lab, measure: Measure, found: Sequence[Result], keys: Sequence[str], commits: list[str]
 ) -> Iterator[dict[str, Any]]:
     own = measure.arm.columns()
     for columns, estimate, p_value in found:

@@ -21,7 +21,9 @@ from ..evaluate.stats import (
 )
 
 #: Columns of a row beyond those of its measure, its estimate, and the p-value of a comparison.
-Found = Iterator[tuple[dict[str, Any], Estimate, float | None]]
+Result = tuple[dict[str, Any], Estimate, float | None]
+
+Found = Iterator[Result]
 
 
 class Sample(Protocol):

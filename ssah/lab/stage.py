@@ -85,6 +85,8 @@ def inputs(lab: Lab, value: Any) -> Iterator[str]:
     """Keys of the runs in an argument."""
     if isinstance(value, Handle):
         yield value.key
+    elif isinstance(value, Row):
+        return
     elif isinstance(value, Model):
         yield from lab.runs_of(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..core.errors import SsahError
@@ -45,8 +47,9 @@ def merged(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """
     whole = pd.concat([typed(table) for table in tables], ignore_index=True)
     keys = _subjects(whole)
-    spread = whole.groupby(keys)["value"].agg(lambda v: v.max() - v.min())
-    scale = whole.groupby(keys)["value"].agg(lambda v: v.abs().max()).clip(lower=1)
+    again = whole[keys.duplicated(keep=False)]
+    spread = again.groupby(keys)["value"].agg(lambda v: v.max() - v.min())
+    scale = again.groupby(keys)["value"].agg(lambda v: v.abs().max()).clip(lower=1)
     apart = spread[spread > 1e-6 * scale]
     if len(apart):
         what = dict(zip(SUBJECT, apart.index[0], strict=True))
@@ -70,6 +73,16 @@ def same_subjects(table: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
     return table[_subjects(table).isin(set(_subjects(like)))].reset_index(drop=True)
 
 
+def matching(table: pd.DataFrame, **columns: Any) -> pd.DataFrame:
+    """The rows that have these values in these columns."""
+    first, *others = columns
+    chosen = table[table[first] == columns[first]]  # few are left for the other columns
+    kept = np.ones(len(chosen), bool)
+    for name in others:
+        kept &= (chosen[name] == columns[name]).to_numpy(bool, na_value=False)
+    return chosen[kept]
+
+
 def _subjects(table: pd.DataFrame) -> pd.Series:
     """What each row is about, as a tuple; what is missing is empty."""
     columns = (table[name].astype(object).where(table[name].notna(), "") for name in SUBJECT)
@@ -77,12 +90,10 @@ def _subjects(table: pd.DataFrame) -> pd.Series:
 
 
 def write_table(table: pd.DataFrame, folder: Path) -> None:
-    """``measurements.parquet``, and the same as csv for people."""
+    """``measurements.parquet``."""
     table = typed(table)
-    path = folder / "measurements"
-    write_atomically(path.with_suffix(".parquet"), lambda p: table.to_parquet(p, index=False))
     write_atomically(
-        path.with_suffix(".csv"), lambda p: table.to_csv(p, index=False, float_format="%.6g")
+        folder / "measurements.parquet", lambda path: table.to_parquet(path, index=False)
     )
 
 

@@ -96,7 +96,7 @@ class UnitLayout:
     def of(cls, model: PreTrainedModel, unit_kind: UnitKind = "head") -> UnitLayout:
         """Read the layout off a Hugging Face causal language model.
 
-        Only shapes are read, so a model on the meta device will do. Raises
+        Only shapes are read, so linear layers without weights will do. Raises
         :class:`UnsupportedModelError` naming the model type where the architecture (a mixture of
         experts, say) is not one of :data:`ssah.units.families.FAMILIES`.
         """

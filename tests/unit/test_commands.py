@@ -30,9 +30,8 @@ def table(value: float, seed: int = 0, commits: str = "") -> pd.DataFrame:
 
 def test_a_plan_names_every_job_and_loads_nothing(smoke_study, monkeypatch, capsys):
     study = smoke_study("seed=40", "n_seeds=2")
-    monkeypatch.setattr(commands, "Study", lambda *_: study)
     monkeypatch.setattr(lab_module, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    commands.plan("smoke", [])
+    commands.plan(study)
     printed = capsys.readouterr().out
     jobs = study.jobs()
     assert [job.name for job in jobs[:2]] == [FIRST, FIRST], "what others need comes first"

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
-import torch
 from torch import Tensor
 
 from ...core.errors import SsahError, suggestion
-from ...data.rows import Row
-from ...evaluate.probes import Probe, lean, margin, onset, read_out
-from ...evaluate.stats import Estimate, auroc, crossed_mean, pool, rank_correlation
+from ...evaluate.probes import Probe, lean, margin, onset
+from ...evaluate.stats import Estimate, auroc, crossed_mean, rank_correlation
 from ..lab import Lab
 from ..samples import Found, Sample
 from ..specs import Model
-from ..stages.probes import probed, probed_rows
-
-#: Queries as figures call them -> the set.
-QUERIES = {
-    "harmful": "harmful_evaluation",
-    "borderline": "borderline",
-    "benign": "benign_evaluation",
-    "HEx-PHI": "hexphi",
-    "HarmBench": "harmbench",
-    "Do-Not-Answer": "do_not_answer",
-}
+from ..stages.probes import QUERIES, probed, read_outs
 
 #: ``at`` of the mean over generated tokens.
 EVERY = "all tokens"
-
-#: Harm categories on each of which a read-out is trained: the largest.
-CATEGORIES = 3
-
-#: Read-outs with shuffled labels, for each category: one alone may point anywhere.
-SHUFFLES = 5
 
 
 def _set_of(on: str) -> str:
@@ -177,70 +158,19 @@ def _separation(lab: Lab, model: Model, on: str) -> Sample:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Linear read-outs of the query's last token, by block, each trained on one part."""
+    """How well linear read-outs of the query's last token tell harm, by block and metric."""
 
-    harmful: Tensor  #: ``[queries, B, hidden]``
-    benign: Tensor
-    borderline: Tensor
-    parts: Sequence[np.ndarray]
+    blocks: Sequence[Mapping[str, Estimate]]
 
     def rows(self) -> Found:
-        blocks = self.harmful.shape[1]
-        for block in range(blocks):
-            for metric, estimates in self._of_block(block).items():
-                estimate = pool(estimates)
-                yield {"metric": metric, "block": block + 1}, estimate, None
-                if block == blocks // 2:
+        for number, block in enumerate(self.blocks):
+            for metric, estimate in block.items():
+                yield {"metric": metric, "block": number + 1}, estimate, None
+                if number == len(self.blocks) // 2:
                     yield {"metric": metric, "at": "middle block"}, estimate, None
 
     def against(self, other: ReadOut) -> Found:
         raise NotImplementedError("Read-outs are not compared.")
-
-    def _of_block(self, block: int) -> dict[str, list[Estimate]]:
-        harmful, benign, borderline = (
-            states[:, block] for states in (self.harmful, self.benign, self.borderline)
-        )
-        names = "AUROC, benign", "AUROC, borderline", "AUROC, shuffled"
-        found: dict[str, list[Estimate]] = {name: [] for name in names}
-        for number, part in enumerate(self.parts):
-            chosen = torch.from_numpy(part.copy())
-            train = torch.cat([harmful[chosen], benign[::2]])
-            labels = np.arange(len(train)) < int(part.sum())
-            test = torch.cat([harmful[~chosen], benign[1::2], borderline])
-            ends = np.cumsum([int((~part).sum()), len(benign[1::2])])
-            scores, unseen, looks = np.split(read_out(train, labels, test), ends)
-            found[names[0]].append(auroc(scores, unseen))
-            found[names[1]].append(auroc(scores, looks))
-            for draw in range(SHUFFLES):
-                shuffled = _shuffle(labels, seed=SHUFFLES * number + draw)
-                scores, unseen, _ = np.split(read_out(train, shuffled, test), ends)
-                found[names[2]].append(auroc(scores, unseen))
-        return found
-
-
-def _parts(rows: Sequence[Row]) -> list[np.ndarray]:
-    """Which queries each read-out is trained on: the largest categories, or two halves if there
-    are no categories."""
-    names = pd.Series([row.category for row in rows])
-    if names.nunique() < 2:
-        return [np.arange(len(rows)) % 2 == half for half in (0, 1)]
-    return [np.array(names == name) for name in names.value_counts().index[:CATEGORIES]]
-
-
-def _shuffle(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Random labels, as many true in either kind: across the kinds a few follow them by chance."""
-    rng, shuffled = np.random.default_rng(seed), np.empty_like(labels)
-    for kind in (False, True):
-        count = int((labels == kind).sum())
-        shuffled[labels == kind] = rng.permutation(np.arange(count) % 2 == 0)
-    return shuffled
-
-
-def _readout(lab: Lab, model: Model, on: str) -> Sample:
-    names = ("harmful", "benign", "borderline")
-    harmful, benign, borderline = (probed(lab, model, QUERIES[name]).query for name in names)
-    parts = _parts(probed_rows(lab, QUERIES["harmful"]))
-    return ReadOut(harmful, benign, borderline, parts)
 
 
 DIRECTION: dict[str, Callable[[Lab, Model, str], Sample]] = {
@@ -249,5 +179,5 @@ DIRECTION: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "direction" + SAME_WORDS: _direction("residual", SAME_WORDS),
     "margin": lambda lab, model, on: Margins(probed(lab, model, _set_of(on))),
     "separation": _separation,
-    "read-out": _readout,
+    "read-out": lambda lab, model, on: ReadOut(read_outs(lab, model)),
 }
