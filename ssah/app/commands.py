@@ -123,18 +123,30 @@ def run_job(number: int, profile: str, overrides: list[str]) -> None:
 
 
 def merge(folders: Sequence[Path], target: Path) -> None:
-    """Put the measurements of several results folders into one, and draw everything anew there.
+    """Put the measurements of several results folders (seeds or models) into one, and draw
+    everything anew there. Into the published results only numbers of known commits go, and README
+    and docs follow.
 
-    The first folder's configuration says how things are drawn.
+    The first folder that has a model says how its numbers are drawn.
     """
     tables = [read_table(folder) for folder in folders]
     for folder, table in zip(folders, tables, strict=True):
         if table.empty:
             raise SsahError(f"{folder} holds no measurements.parquet.")
     whole = merged(tables)
-    made = json.loads((folders[0] / SETTINGS).read_text(encoding="utf-8"))
-    own = [o for o in made["overrides"] if o.split("=")[0] not in SEEDS]
-    study = Study(made["profile"], own, results=target)
+    studies: dict[str, Study] = {}
+    for folder in folders:
+        for model, made in json.loads((folder / SETTINGS).read_text(encoding="utf-8")).items():
+            own = [o for o in made["overrides"] if o.split("=")[0] not in SEEDS]
+            if model not in studies:
+                studies[model] = Study(made["profile"], own, results=target)
+    study = next(iter(studies.values()))
+    for other in studies.values():
+        study.configs |= other.configs
+        study.made |= other.made
+    publishing = target.resolve() == (results_root() / "published").resolve()
+    if publishing:
+        report.require_known_commits(whole)
     for artefact in ARTEFACTS.values():
         parts = [p for f in folders if (p := f / "tables" / f"{artefact.id}.csv").exists()]
         if parts:
@@ -142,6 +154,8 @@ def merge(folders: Sequence[Path], target: Path) -> None:
             write_output(study, artefact, same_subjects(whole, typed(shown)))
     write_table(whole, target)
     report.write_reports(target)
+    if publishing:
+        report.refresh_texts()
 
 
 def assets(*, fetch_all: bool) -> None:

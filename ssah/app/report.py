@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..artefacts import ARTEFACTS
-from ..claims.table import claims_table, styled, update_claims
+from ..claims.table import claims_table, published_by_model, styled, update_claims
 from ..core.errors import SsahError
 from ..core.files import write_atomically
 from ..core.paths import project_root, results_root
@@ -122,9 +122,9 @@ def refresh_published() -> None:
 
 
 def refresh_texts() -> None:
-    """Fill the generated blocks of the README and of docs/reproduction.md."""
-    claims = claims_table(results_root() / "published")
-    _fill("README.md", "claims", claims[["text", "unit", "paper", "published", "verdict"]])
+    """Fill the generated blocks of the README and of the docs."""
+    _fill("README.md", "claims", published_by_model(headline=True))
+    _fill("docs/claims.md", "claims", published_by_model(headline=False))
     _fill("docs/reproduction.md", "times", times(results_root() / "published"))
     costs = results_root() / "published" / "tables" / "bench.csv"
     if costs.exists():

@@ -55,6 +55,10 @@ class Study:
         self.overrides = [o for o in overrides if not o.startswith("runtime.")]
         self.config: Config = compose(profile, list(overrides))
         self.only = tuple(only)
+        name = self.config.model.name
+        #: By model: what it is measured with, and how that is asked for.
+        self.configs = {name: self.config}
+        self.made = {name: {"profile": profile, "overrides": self.overrides}}
         self.store = Store(home() / "runs")
         catalogue.check(self.labs[0])
         self.results = results or results_root() / profile / slug(self.overrides)

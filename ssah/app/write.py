@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .study import Study
 
 
-#: What a results folder was made with.
+#: What a results folder was made with, by model: profile and overrides.
 SETTINGS = "settings.json"
 
 
@@ -29,9 +29,9 @@ def write_output(study: Study, artefact: Artefact, table: pd.DataFrame) -> Outpu
 
     The last line of what is written names the seeds and commits behind it.
     """
-    output = artefact.view(table, study.config)
-    made = {"profile": study.config.name, "overrides": study.overrides}
-    write_atomically(study.results / SETTINGS, lambda p: p.write_text(json.dumps(made), "utf-8"))
+    output = artefact.view(table, study.configs)
+    text = json.dumps(study.made)
+    write_atomically(study.results / SETTINGS, lambda p: p.write_text(text, "utf-8"))
     path = study.results / "tables" / artefact.id
     line = _origin(study, artefact, table)
     write_atomically(path.with_suffix(".csv"), lambda p: _to_csv(table, p))
@@ -49,11 +49,11 @@ def write_output(study: Study, artefact: Artefact, table: pd.DataFrame) -> Outpu
 
 
 def _origin(study: Study, artefact: Artefact, table: pd.DataFrame) -> str:
-    stamp = study.stamp
+    stamp, models = study.stamp, ", ".join(table["model"].unique()) or study.config.model.name
     seeds = " ".join(map(str, sorted(set(table["seed"])))) or "none"
     commits = sorted({commit for text in table["commits"] for commit in text.split()})
     return (
-        f"{artefact.title}. Profile {stamp['profile']}, model {stamp['model']}, seeds {seeds}, "
+        f"{artefact.title}. Profile {stamp['profile']}, model {models}, seeds {seeds}, "
         f"{stamp['overrides'] or 'no overrides'}, config {stamp['config']}, measured at commit "
         f"{', '.join(commits) or 'unknown'}. Command: ssah {artefact.id} "
         f"profile={stamp['profile']} {stamp['overrides']}".rstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -44,9 +45,16 @@ class Artefact:
         """What has to be measured for it, in one seed."""
         return getattr(self._module, f"ask_{self.id}")(lab)
 
-    def view(self, table: pd.DataFrame, config: Config) -> Output:
-        """The figure or table, of what was measured."""
-        return getattr(self._module, self.id)(table, config)
+    def view(self, table: pd.DataFrame, configs: Mapping[str, Config]) -> Output:
+        """The figure or table, of what was measured; of several models (each with its
+        configuration) one below the other."""
+        view = getattr(self._module, self.id)
+        models = [name for name in configs if (table["model"] == name).any()]
+        if len(models) < 2:
+            return view(table, configs[models[0]] if models else next(iter(configs.values())))
+        from .several import below_each_other
+
+        return below_each_other(view, table, {name: configs[name] for name in models})
 
     @property
     def _module(self) -> ModuleType:
@@ -71,6 +79,7 @@ ARTEFACTS = {
         Artefact("fig_readout", "Read-out before any word", REASONING, "choice"),
         Artefact("fig_share_sweep", "Ablation sweep", ROLES, "unit_roles"),
         Artefact("fig_roles_map", "Where the units are", ROLES, "unit_roles"),
+        Artefact("fig_stability", "Are they the same units again?", ROLES, "stability"),
         Artefact("table1", "Ablating groups of units", ROLES, "table1"),
         Artefact("fig5", "Flow of units between groups", TRANSFER, "transfer"),
         Artefact("fig11", "Attribute transfer, all units", TRANSFER, "transfer"),
@@ -81,6 +90,7 @@ ARTEFACTS = {
         Artefact("table3", "Utility after fine-tuning", FREEZING, "freezing"),
         Artefact("fig8", "How much to freeze", FREEZING, "freezing_figures"),
         Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures"),
+        Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "sufficiency"),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),

@@ -19,7 +19,7 @@ from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import RU
 from . import Output
-from .draw import COLOURS, STYLE, ShownFigure
+from .draw import COLOURS, STYLE, new_figure
 from .freezing import name_of
 from .pick import arms_of, estimate, filled, format_estimate, paper_rows
 
@@ -173,7 +173,7 @@ def _which_seeds(table: pd.DataFrame) -> str:
 def fig_budget(table: pd.DataFrame, config: Config) -> Output:
     """Safety against the tax, one point for each part that was trained."""
     if no_pair(config):
-        return Output(no_pair(config), figure=ShownFigure(figsize=(4, 1)))
+        return Output(no_pair(config), figure=new_figure(4, 1))
     arms = _arms(table)
     output = Output(
         "Left: ASR against the drift of the benign output distribution (KL from the unaligned "
@@ -183,7 +183,7 @@ def fig_budget(table: pd.DataFrame, config: Config) -> Output:
         "intervals, seeds pooled." + _which_seeds(table)
     )
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(10, 2.5 + 0.3 * len(arms)))
+        output.figure = new_figure(10, 2.5 + 0.3 * len(arms))
         left, right = output.figure.subplots(1, 2)
         _draw_bargain(left, table, arms)
         _draw_attacked(right, table, arms)

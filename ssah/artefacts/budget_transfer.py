@@ -16,7 +16,7 @@ from ..lab.units_of import RU
 from ..units.roles import GROUPS
 from . import Output
 from .alignment import no_pair
-from .draw import STYLE, ShownFigure
+from .draw import STYLE, new_figure
 from .draw.flows import draw_flow, draw_matrix
 from .pick import rows_of
 
@@ -27,9 +27,9 @@ BEFORE = ("UU", "RU")
 _PANELS = {ALL_UNITS: "all units aligned", RU: "RU alone aligned"}
 
 _HOW = (
-    "Left or in rows the groups of the unaligned model, by I_U alone, with as many RU as the "
-    "aligned model's ablation search kept; right or in columns the groups after alignment of all "
-    "units, or of RU alone (at the same shares). Per cent of the units, means over seeds. "
+    "Left or in rows the groups of the unaligned model, by I_U alone, with the number of RU that "
+    "the aligned model's ablation search kept; right or in columns the groups after alignment of "
+    "all units, or of RU alone (at the same shares). Per cent of the units, means over seeds. "
 )
 
 
@@ -72,7 +72,7 @@ def fig6(table: pd.DataFrame, config: Config) -> Output:
     output = Output(no_pair(config) or _HOW + width)
     panels = _panels(table, config, "all units", "global")
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(3.4 * len(panels), 3.2))
+        output.figure = new_figure(3.4 * len(panels), 3.2)
         row = output.figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, matrix) in zip(row, panels.items(), strict=True):
             draw_flow(axes, matrix, title, BEFORE, GROUPS)
@@ -95,7 +95,7 @@ def _heat_maps(table: pd.DataFrame, config: Config, scopes: dict[str, str]) -> O
     panels = {scope: _panels(table, config, scope, name) for scope, name in scopes.items()}
     columns = len(next(iter(panels.values())))
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(3.4 * columns, 1.9 * len(scopes)))
+        output.figure = new_figure(3.4 * columns, 1.9 * len(scopes))
         grid = output.figure.subplots(len(scopes), columns, squeeze=False)
         for row, (scope, found) in zip(grid, panels.items(), strict=True):
             for axes, (title, matrix) in zip(row, found.items(), strict=True):

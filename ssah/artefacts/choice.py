@@ -11,7 +11,7 @@ from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
 from . import Output
-from .draw import COLOURS, STYLE, ShownFigure
+from .draw import COLOURS, STYLE, new_figure
 from .draw.mirrored import bases
 from .pick import estimate, rows_of
 
@@ -46,7 +46,7 @@ def fig_margin(table: pd.DataFrame, config: Config) -> Output:
         "aligned model, first seed."
     )
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(11, 3.6))
+        output.figure = new_figure(11, 3.6)
         left, middle, right = output.figure.subplots(1, 3)
         for base in bases(table, "margin"):
             for what, colour in _COLOURS.items():
@@ -117,7 +117,7 @@ def fig_readout(table: pd.DataFrame, config: Config) -> Output:
         "over queries of both kinds."
     )
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(6.5, 3.6))
+        output.figure = new_figure(6.5, 3.6)
         axes = output.figure.subplots()
         for base in bases(table, "AUROC, benign"):
             for what in ("benign", "borderline", "shuffled"):

@@ -15,10 +15,11 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import ATTACKS, MAIN_ATTACK, STYLE_LESSON, available_attacks
+from ..lab.stages.strength import RISE
 from ..lab.units_of import ALL_CU, CU6
 from ..scoring.selectors import RULES
 from . import Output
-from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows
+from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows, rows_of
 
 #: How comparisons are called.
 BEFORE = "before"
@@ -96,6 +97,8 @@ def _ask_table(lab: Lab, attacks: list[str]) -> list[Measure]:
     for prompts in lab.config.experiment.frozen_asked:
         if has_prompts(lab, prompts):
             asked.append(Measure(whole, "ASR", prompts))
+    if lab.config.finetune.rates:
+        asked.append(Measure(whole, "strength"))
     for attack in attacks:
         if attack in available_attacks(lab) and (attack == MAIN_ATTACK or not lab.only_headline):
             asked += _ask(lab, attack)
@@ -188,7 +191,7 @@ def _freezing_table(
             rule = not arm["like"] and arm["epoch"] == (1 if arm["rule"] == NOTHING else 2)
             number = printed.get((name, "asr_keyword")) if rule else None
             rows.append(_row(table, arm, number))
-    note = _note(config, [a for a in attacks if a in set(table["attack"])])
+    note = _note(table, config, [a for a in attacks if a in set(table["attack"])])
     return Output(note, filled(pd.DataFrame(rows)))
 
 
@@ -276,23 +279,31 @@ def _paper_averages() -> str:
     ) + "."  # fmt: skip
 
 
-def _note(config: Config, attacks: list[str]) -> str:
+def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
     tuning = config.finetune
+    chosen = rows_of(table, "attack rate")["value"].unique()
+    rate = ", ".join(f"{value:g}" for value in chosen) or f"{tuning.learning_rate:g}"
+    if len(chosen):
+        tried = ", ".join(f"{value:g}" for value in tuning.rates)
+        rate += (
+            f" (the first of {tried} at which one epoch with nothing frozen raises ASR on the "
+            f"search prompts by {RISE:g} points, else the last)"
+        )
     trained = ", ".join(f"{tuning.rows[a]} {a} (for the paper's {ATTACKS[a]})" for a in attacks)
     embeddings = "train with the rest" if tuning.train_embeddings else "are frozen in every arm"
     return (
-        f"The aligned model is fine-tuned on harmless rows: {trained}; rate "
-        f"{tuning.learning_rate:g}, batches of {tuning.batch_size}, embeddings {embeddings}. ASR: "
-        "share of the held-out harmful prompts that are answered; no refusal phrase: share with "
-        "coherent text that holds none, the paper's measure. Against nothing frozen: points of ASR "
-        "by which the arm differs from the one that freezes nothing, after as many epochs, on the "
-        "same prompts (paired 95 % interval); below zero is safer. Against random: from as many "
-        "heads and neurons drawn at random and frozen, after as many epochs. Gradient conflict "
-        "(not in the paper): as many heads and neurons, those by which a first step on the rows "
-        "would raise the loss of refusals most. Held-out gain: nats per token by which held-out "
-        "rows of the same kind, with other prompts, became likelier. The paper trains frozen arms "
-        "for twice the epochs, and its numbers stand in these rows. Several seeds: means of values "
-        "and of interval bounds."
+        f"The aligned model is fine-tuned on harmless rows: {trained}; rate {rate}, batches of "
+        f"{tuning.batch_size}, embeddings {embeddings}. ASR: share of the held-out harmful prompts "
+        "that are answered; no refusal phrase: share with coherent text that holds none, the "
+        "paper's measure. Against nothing frozen: points of ASR by which the arm differs from the "
+        "one that freezes nothing, after the same number of epochs, on the same prompts (paired "
+        "95 % interval); below zero is safer. Against random: from the arm that freezes equally "
+        "many heads and neurons drawn at random, after the same number of epochs. Gradient "
+        "conflict (not in the paper): equally many heads and neurons, chosen as those by which a "
+        "first step on the rows would raise the loss of refusals most. Held-out gain: nats per "
+        "token by which held-out rows of the same kind, with other prompts, became likelier. The "
+        "paper trains frozen arms for twice the epochs, and its numbers stand in these rows. "
+        "Several seeds: the mean, with an interval that covers prompts and seeds."
     )
 
 

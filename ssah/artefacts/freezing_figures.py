@@ -14,7 +14,7 @@ from ..lab.measure import Measure
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import ALL_CU, CU6
 from . import Output
-from .draw import COLOURS, STYLE, ShownFigure
+from .draw import COLOURS, STYLE, new_figure
 from .freezing import (
     BEFORE,
     CONFLICT,
@@ -52,10 +52,10 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
     output = Output(
         "Share of CU (top of the ranking by I_S - I_U, in per cent of all units) that is frozen "
         "beside the ESU while the model is fine-tuned on instructions. Lines: after one epoch and "
-        "after two; dotted: the arm that freezes nothing; crosses: random units, as many as "
-        "ESU + 6 % CU; right: ESU and all CU. Shaded and bars: smallest to largest over seeds (and "
-        f"draws). ASR is of {config.data.evaluation} prompts; measurements.csv has the interval of "
-        "each point. `experiment=published` sweeps over more shares."
+        "after two; dotted: the arm that freezes nothing; crosses: equally many random units as "
+        "ESU + 6 % CU has; right: ESU and all CU. Shaded and bars: smallest to largest over seeds "
+        f"(and draws). ASR is of {config.data.evaluation} prompts; measurements.csv has the "
+        "interval of each point. `experiment=published` sweeps over more shares."
     )
     percents = sorted(config.experiment.cu_percents)
     right = max(percents) * 1.25 + 1
@@ -68,7 +68,7 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
         return values.mean(), values.min(), values.max()
 
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(6.5, 3.6))
+        output.figure = new_figure(6.5, 3.6)
         axes = output.figure.subplots()
         for epoch, marker in ((1, "o"), (2, "s")):
             colour = EPOCH_COLOURS[epoch]
@@ -134,11 +134,11 @@ def fig_conditions(table: pd.DataFrame, config: Config) -> Output:
         "seeds and draws. Right: points of ASR saved against the arm that freezes nothing under "
         "the same setting, same prompts, mean over seeds (and draws) with 95 % interval (paired). "
         f"Budgets: that of ESU + 6 % CU, and {wider}, which is ESU and CU up to a quarter of all "
-        "units; the other rules freeze as many heads and as many neurons. measurements.csv says "
+        "units; the other rules freeze equally many heads and neurons. measurements.csv says "
         "what share of the weights each arm freezes." + _which_seeds(frozen, full)
     )
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(10, 5))
+        output.figure = new_figure(10, 5)
         left, right = output.figure.subplots(1, 2, width_ratios=(1, 1.1))
         _draw_trade_off(left, frozen[frozen["seed"].isin(full)], wider)
         _draw_saved(right, frozen)

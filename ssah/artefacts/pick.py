@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from ..core.paths import reference_csv
-from ..evaluate.stats import Estimate, pool
+from ..evaluate.stats import Estimate, over_repetitions
 from ..lab.arms import Arm
+from ..lab.metrics.behaviour import is_share
 from ..lab.table import matching
 
 #: What columns say of an arm where nothing is said about them.
@@ -28,17 +29,24 @@ def rows_of(table: pd.DataFrame, metric: str, **columns: Any) -> pd.DataFrame:
 
 
 def pooled(rows: pd.DataFrame) -> Estimate | None:
-    """Mean value and interval over seeds and draws; None without rows.
+    """Mean value and interval over seeds, and over draws within a seed; None without rows.
 
     Something that is counted has no interval: it gets the range.
     """
     if rows.empty:
         return None
-    found = [Estimate(*row) for row in rows[["value", "low", "high", "n"]].to_numpy()]
-    if all(e.low == e.high for e in found):
-        values = [e.value for e in found]
-        return Estimate(sum(values) / len(values), min(values), max(values), found[0].n)
-    return pool(found)
+    own = rows[["value", "low", "high", "n"]].astype(float).to_numpy()
+    if (own[:, 1] == own[:, 2]).all():
+        values = own[:, 0]
+        return Estimate(values.mean(), values.min(), values.max(), int(own[0, 3]))
+    by_seed: dict[int, list[Estimate]] = {}
+    for seed, numbers in zip(rows["seed"], own, strict=True):
+        value, low, high, n = numbers.tolist()
+        by_seed.setdefault(seed, []).append(Estimate(value, low, high, int(n)))
+    found = over_repetitions([over_repetitions(draws) for draws in by_seed.values()])
+    if (rows["against"] != "").any() or not rows["metric"].map(is_share).all():
+        return found
+    return Estimate(found.value, max(found.low, 0.0), min(found.high, 100.0), found.n)
 
 
 def estimate(table: pd.DataFrame, metric: str, **columns: Any) -> Estimate | None:

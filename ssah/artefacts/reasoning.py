@@ -15,7 +15,7 @@ from ..lab.measure import Measure
 from ..lab.metrics.direction import EVERY, SAME_WORDS, SUBTRACTED
 from ..lab.stages.probes import QUERIES, opening_texts
 from . import Output
-from .draw import STYLE, ShownFigure
+from .draw import STYLE, new_figure
 from .draw.mirrored import bases, by_block, draw_blocks, draw_tokens
 from .pick import rows_of
 
@@ -72,7 +72,7 @@ def fig2(table: pd.DataFrame, config: Config) -> Output:
     """Distance to either kind of run by generated token, last block (Fig. 2)."""
     output = Output(_note(" Last block, as the language-model head reads it."))
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(6, 3.6))
+        output.figure = new_figure(6, 3.6)
         axes = output.figure.subplots()
         draw_tokens(axes, table, "Harmful queries, last block", set=HARMFUL)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -90,7 +90,7 @@ def fig3(table: pd.DataFrame, config: Config) -> Output:
     )
     positions = config.probes.positions
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(11, 3.4))
+        output.figure = new_figure(11, 3.4)
         panels = output.figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
         for axes, position in zip(panels, positions, strict=True):
             draw_blocks(axes, table, f"{position} tokens", str(position), set=HARMFUL)
@@ -112,7 +112,7 @@ def fig4(table: pd.DataFrame, config: Config) -> Output:
     )
     subtracted: dict[str, Any] = {"set": HARMFUL + SUBTRACTED}
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(11, 3.6))
+        output.figure = new_figure(11, 3.6)
         left, middle, right = output.figure.subplots(1, 3)
         draw_tokens(left, table, "Content subtracted, last block", **subtracted)
         draw_blocks(middle, table, "Content subtracted, by block", **subtracted)
@@ -138,7 +138,7 @@ def fig7(table: pd.DataFrame, config: Config) -> Output:
     found = [name for name in ELSEWHERE if not rows_of(table, "lean", set=name, at=None).empty]
     if not found:
         note = f"This data source has none of the sets {', '.join(ELSEWHERE)} (docs/data.md)."
-        return Output(note, figure=ShownFigure(figsize=(4, 1)))
+        return Output(note, figure=new_figure(4, 1))
     output = Output(
         _note(
             f" {config.probes.queries} prompts of each set, spread over it; the paper's HEx-PHI is "
@@ -146,7 +146,7 @@ def fig7(table: pd.DataFrame, config: Config) -> Output:
         )
     )
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(8, 3.2 * len(found)))
+        output.figure = new_figure(8, 3.2 * len(found))
         grid = output.figure.subplots(len(found), 2, squeeze=False)
         for (left, right), name in zip(grid, found, strict=True):
             draw_tokens(left, table, f"{name}, last block", set=name)

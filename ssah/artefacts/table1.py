@@ -101,10 +101,11 @@ def _note(table: pd.DataFrame, config: Config) -> str:
         "without one, whether or not it answers, which is what the paper measures (its numbers are "
         "for Llama-2-7B-Chat). docs/judging.md says how both judges agree with labels. "
         f"Perplexity: held-out answers given their prompts, not WikiText. Utility: {utility}. "
-        "Values are followed by 95 % intervals (Wilson; bootstrap for perplexity), with several "
-        "seeds or draws the mean of each. Random and magnitude controls have as many heads and as "
-        "many neurons, hence as many weights, as the group that they are named after. *mean*: what "
-        "the units say on average is put in their place."
+        "Values are followed by 95 % intervals (Wilson; bootstrap for perplexity); with several "
+        "seeds they cover prompts and seeds. Random and magnitude controls have as many heads and "
+        "as many neurons, hence as many weights, as the group that they are named after. *mean*: "
+        "what the units say on average is put in their place; *resampled*: at each token, what "
+        "they said at a random token of an answer to a harmless prompt."
         + _system_prompt(table)
         + _unmet_criteria(table)
     )

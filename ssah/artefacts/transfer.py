@@ -21,7 +21,7 @@ from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import ALL_CU, CU6
 from ..units.roles import GROUPS
 from . import Output
-from .draw import COLOURS, STYLE, ShownFigure
+from .draw import COLOURS, STYLE, new_figure
 from .draw.flows import draw_flow, draw_matrix
 from .pick import rows_of
 
@@ -124,7 +124,7 @@ def fig5(table: pd.DataFrame, config: Config) -> Output:
     panels = {name: _matrix(table, name, "all units") for name in _COLUMNS}
     panels[PAPER] = _paper_matrix("fig11", "global")
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(10, 5.4))
+        output.figure = new_figure(10, 5.4)
         grid = output.figure.subplots(2, 3).flat
         for axes, (name, matrix) in zip(grid, panels.items(), strict=True):
             draw_flow(axes, matrix, name)
@@ -149,7 +149,7 @@ def _heat_maps(table: pd.DataFrame, artefact: str, scopes: dict[str, str]) -> Ou
     )
     shown = (NOISE, f"frozen: {NOTHING}", f"frozen: {CU6}", f"frozen: {ALL_CU}")
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(12, 2.9 * len(scopes)))
+        output.figure = new_figure(12, 2.9 * len(scopes))
         grid = output.figure.subplots(len(scopes), len(shown) + 1, squeeze=False)
         for row, (scope, printed) in zip(grid, scopes.items(), strict=True):
             for axes, name in zip(row, shown, strict=False):
@@ -172,7 +172,7 @@ def fig13(table: pd.DataFrame, config: Config) -> Output:
     printed = paper[paper["artefact"] == "fig13"].set_index("setting")["value"]
     bars[PAPER] = [printed[f"ESU->{group}"] for group in GROUPS]
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(7, 2.8))
+        output.figure = new_figure(7, 2.8)
         _draw_fates(output.figure.subplots(), bars)
     return output
 

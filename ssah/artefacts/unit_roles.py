@@ -11,7 +11,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..units.roles import GROUPS
 from . import Output
-from .draw import COLOURS, SHARES, STYLE, ShownFigure
+from .draw import COLOURS, SHARES, STYLE, new_figure
 from .pick import rows_of
 
 CLAIMED = ("ESU", "EUU", "RU")
@@ -45,17 +45,17 @@ def fig_share_sweep(table: pd.DataFrame, config: Config) -> Output:
     prompts.
     """
     output = Output(
-        "Solid: the group's top units by its own ranking. Dashed: random units, as many heads "
-        "and neurons as ESU of that share. Shaded: smallest to largest over seeds (and draws). "
-        "Dotted verticals: the shares that this run's ablation search kept, one for each seed. An "
-        "incoherent answer is no success, so ASR may fall again where more units are removed. "
-        "Prompts: the search part, which no table reports on. `experiment=published` "
+        "Solid: the group's top units by its own ranking. Dashed: random units, with equally many "
+        "heads and neurons as ESU of that share. Shaded: smallest to largest over seeds (and "
+        "draws). Dotted verticals: the shares that this run's ablation search kept, one for each "
+        "seed. An incoherent answer is no success, so ASR may fall again where more units are "
+        "removed. Prompts: the search part, which no table reports on. `experiment=published` "
         "sweeps over more."
     )
     swept = table[(table["method"] == "removed") & table["setting"].str.endswith(" %")]
     swept = swept.assign(share=swept["setting"].str.removesuffix(" %").astype(float))
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(8, 3.4))
+        output.figure = new_figure(8, 3.4)
         asr, perplexity = output.figure.subplots(1, 2)
         for axes, metric in ((asr, "ASR"), (perplexity, "perplexity")):
             for marker, group in zip("osD^", (*CLAIMED, "random"), strict=True):
@@ -100,7 +100,7 @@ def fig_roles_map(table: pd.DataFrame, config: Config) -> Output:
     import seaborn  # takes a second
 
     with matplotlib.style.context(STYLE):
-        output.figure = ShownFigure(figsize=(8, 3.6))
+        output.figure = new_figure(8, 3.6)
         panels = output.figure.subplots(2, 1, sharex=True)
         titles = {"attn": "Attention heads", "mlp": "MLP neurons"}
         for axes, (module, title) in zip(panels, titles.items(), strict=True):

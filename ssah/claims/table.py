@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 from ..artefacts.pick import format_estimate, paper, pooled
 from ..core.files import write_atomically
 from ..core.paths import results_root
-from ..evaluate.stats import Estimate
+from ..evaluate.stats import Estimate, adjusted, detectable, p_value_of
 from ..lab.table import matching, read_table
 
 #: Columns of a claim that say which measurement decides it. ``block`` may be ``last`` or ``none``;
@@ -22,16 +23,23 @@ _SUBJECT = [
 ]  # fmt: skip
 
 
+#: Of the adjusted p-values.
+LEVEL = 0.05
+
+
 @functools.cache
 def claims() -> tuple[dict[str, Any], ...]:
     """All claims, in the order of the table.
 
     A claim holds where the whole 95 % interval lies on the side of ``limit`` that ``direction``
     names (above or below), does not hold where it lies on the other, and is undecided otherwise.
+    ``margin``, where a claim has one, is the smallest difference from 0 that would matter;
+    ``headline``: it stands on the front page.
     """
     frame = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
     frame["epoch"] = pd.to_numeric(frame["epoch"]).fillna(0).astype(int)
     frame["limit"] = frame["limit"].astype(float)
+    frame["margin"] = pd.to_numeric(frame["margin"])
     return tuple(frame.to_dict("records"))
 
 
@@ -46,14 +54,26 @@ def behind(claim: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
     return chosen[chosen["block"].isna()] if claim["block"] == "none" else chosen
 
 
-def verdict(claim: dict[str, Any], estimate: Estimate) -> str:
-    """Whether a claim holds."""
-    limit = claim["limit"]
+def verdict(claim: dict[str, Any], estimate: Estimate, adjusted_p: float = 0.0) -> str:
+    """Whether a claim holds; of many claims some would by chance, so that ``adjusted_p`` has to be
+    at most 0.05 as well.
+
+    A difference that is not told from 0 is either none that matters, or one that this many items
+    and seeds cannot exclude.
+    """
+    limit, margin = claim["limit"], claim["margin"]
     if claim["direction"] == "above":
         holds, fails = estimate.low > limit, estimate.high <= limit
     else:
         holds, fails = estimate.high < limit, estimate.low >= limit
-    return "holds" if holds else "does not hold" if fails else "undecided"
+    if adjusted_p <= LEVEL and (holds or fails):
+        return "holds" if holds else "does not hold"
+    if pd.isna(margin):
+        return "undecided"
+    reach = max(abs(estimate.low), abs(estimate.high))
+    if reach < margin:
+        return f"no difference as large as {margin:g} {claim['unit']}"
+    return f"too few data: a difference of {reach:.2g} {claim['unit']} is possible"
 
 
 def _paper_number(claim: dict[str, Any]) -> float | None:
@@ -81,15 +101,20 @@ def _number(rows: pd.DataFrame, seeds: set[int]) -> str:
     return format_estimate(estimate, 2) + some
 
 
-def claims_table(results: Path) -> pd.DataFrame:
-    """All claims with numbers as text; ``verdict`` is on this run (else on the published one)."""
+def claims_table(results: Path, model: str | None = None) -> pd.DataFrame:
+    """All claims for one model (that of the results, else the first published one), with numbers as
+    text; the verdict, its p-value and what could have been seen are of this run, or else of the
+    published one."""
     published = read_table(results_root() / "published")
     own = read_table(results) if results != results_root() / "published" else published.head(0)
-    rows = []
+    model = model or next(iter([*own["model"], *published["model"]]), "")
+    published, own = (table[table["model"] == model] for table in (published, own))
+    rows, decisive = [], []
     for claim in claims():
         found = {"published": behind(claim, published), "this run": behind(claim, own)}
         theirs, ours = (pooled(part) for part in found.values())
-        decisive, agrees = ours or theirs, ""
+        decisive.append(ours or theirs)
+        agrees = ""
         if ours and theirs:
             agrees = "yes" if ours.low <= theirs.high and theirs.low <= ours.high else "no"
         printed = _paper_number(claim)
@@ -103,10 +128,46 @@ def claims_table(results: Path) -> pd.DataFrame:
                 "published": _number(found["published"], set(published["seed"])),
                 "this run": _number(found["this run"], set(own["seed"])),
                 "agrees": agrees,
-                "verdict": verdict(claim, decisive) if decisive else "not run",
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.join(_decided(decisive))
+
+
+def _decided(estimates: Sequence[Estimate | None]) -> pd.DataFrame:
+    """Verdict on each claim, with Benjamini and Hochberg's adjusted p-value over all of them and
+    the smallest difference that 80 % of such measurements would find."""
+    known = [(c, e) for c, e in zip(claims(), estimates, strict=True) if e is not None]
+    p_values = iter(adjusted([p_value_of(e, c["limit"]) for c, e in known]))
+    rows = []
+    for claim, estimate in zip(claims(), estimates, strict=True):
+        if estimate is None:
+            rows.append({"verdict": "not run", "adjusted p": "", "detectable": ""})
+            continue
+        p_value = next(p_values)
+        shown = "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+        smallest = detectable(estimate)
+        rows.append(
+            {
+                "verdict": verdict(claim, estimate, p_value),
+                "adjusted p": shown,
+                "detectable": f"{smallest:.2g}" if smallest else "",
             }
         )
     return pd.DataFrame(rows)
+
+
+def published_by_model(*, headline: bool) -> pd.DataFrame:
+    """Claims with the published numbers and verdicts of every model, side by side; all of them, or
+    those of the front page."""
+    folder = results_root() / "published"
+    shown = claims_table(folder)[["text", "unit", "paper"]]
+    for name in read_table(folder)["model"].unique():
+        table = claims_table(folder, name)
+        numbers = table["published"] + ": " + table["verdict"]
+        shown = shown.assign(**{name: numbers.where(table["published"] != "", "not run")})
+    chosen = [not headline or claim["headline"] == "yes" for claim in claims()]
+    return shown[chosen]
 
 
 def update_claims(results: Path) -> pd.DataFrame:
@@ -118,4 +179,5 @@ def update_claims(results: Path) -> pd.DataFrame:
 
 def styled(table: pd.DataFrame) -> pd.DataFrame:
     """The columns that a reader wants to see."""
-    return table[["text", "unit", "paper", "published", "this run", "agrees", "verdict"]]
+    names = ["text", "unit", "paper", "published", "this run", "agrees", "detectable", "verdict"]
+    return table[names]

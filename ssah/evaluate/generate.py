@@ -17,6 +17,9 @@ from ..text.forward import label_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: Tokens that prompts have in common, from which on they are read once for all.
+WORTH_SHARING = 8
+
 
 def complete(
     model: PreTrainedModel,
@@ -75,14 +78,25 @@ def _continue(
     *,
     sampled: bool,
 ) -> list[list[int]]:
-    """Continuations of one batch. Prompts whose answer has ended leave it, which ``generate`` of
-    transformers has no way to do: most refusals are over after a third of the steps."""
+    """Continuations of one batch. What all prompts begin with is read once, and those whose answer
+    has ended leave the batch, which ``generate`` of transformers has no way to do: most refusals
+    are over after a third of the steps."""
     said: list[list[int]] = [[] for _ in prompts]
     running = torch.arange(len(prompts))
-    ids = pad(prompts, 0, "left").to(model.device)
-    attention = pad([[1] * len(p) for p in prompts], 0, "left").to(model.device)
-    position = (attention.cumsum(1) - 1).clamp(min=0)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    longest = max(map(len, prompts)) + max_new_tokens
+    # The padding behind what is shared would count as a part of a sliding window.
+    shared = 0 if window and longest > window else _shared(prompts)
+    own = [prompt[shared:] for prompt in prompts]
+    ids = pad(own, 0, "left").to(model.device)
+    attention = pad([[1] * len(p) for p in own], 0, "left").to(model.device)
+    attention = torch.cat([attention.new_ones(len(own), shared), attention], 1)
+    position = (attention.cumsum(1) - 1).clamp(min=0)[:, shared:]
     cache = None
+    if shared:
+        start = torch.tensor([prompts[0][:shared]], device=model.device)
+        cache = model.base_model(input_ids=start, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.zeros_like(running, device=model.device))
     for _ in range(max_new_tokens):
         read = model.base_model(
             input_ids=ids,
@@ -107,6 +121,18 @@ def _continue(
         ids, position = token[:, None], position[:, -1:] + 1
         attention = torch.cat([attention, torch.ones_like(ids)], 1)
     return said
+
+
+def _shared(prompts: Sequence[list[int]]) -> int:
+    """How many tokens at the beginning are the same in all prompts, such as a system prompt; 0
+    where they are too few to be worth a pass of their own."""
+    alike = 0
+    for tokens in zip(*prompts, strict=False):
+        if len({*tokens}) > 1:
+            break
+        alike += 1
+    alike = min(alike, min(map(len, prompts)) - 1)  # the last one has to be read by each
+    return alike if alike >= WORTH_SHARING and len(prompts) > 1 else 0
 
 
 def _sample(logits: Tensor, running: Tensor, prompts: int) -> Tensor:

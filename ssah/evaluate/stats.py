@@ -79,14 +79,54 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def pool(estimates: Sequence[Estimate]) -> Estimate:
-    """One estimate for several seeds (or draws): the mean value and the mean interval bounds.
-
-    The prompts are the same for every seed, so more seeds do not narrow the interval; how far the
-    seeds are apart is shown beside it.
-    """
+    """One estimate for several conditions of the same items: the mean value and the mean bounds,
+    since the items are the same ones and do not narrow the interval."""
     columns = [(e.value, e.low, e.high) for e in estimates]
     value, low, high = np.asarray(columns, float).mean(0).tolist()
     return Estimate(value, low, high, estimates[0].n)
+
+
+def over_repetitions(estimates: Sequence[Estimate]) -> Estimate:
+    """One estimate for several seeds (or random draws); its 95 % interval covers items and seeds.
+
+    What the items leave open does not shrink with more seeds, since they are the same ones for
+    each: the mean distance of the bounds. What the seeds leave open is Student's t interval of
+    their mean; the two combine in quadrature. Three seeds are too few to be resampled: a bootstrap
+    over them would be a third too narrow.
+    """
+    items = pool(estimates)
+    if len(estimates) == 1:
+        return items
+    values = np.array([e.value for e in estimates])
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    seeds = scipy.stats.t.ppf(0.975, len(values) - 1) * error
+    low, high = (np.hypot(items.value - bound, seeds) for bound in (items.low, items.high))
+    return Estimate(items.value, float(items.value - low), float(items.value + high), items.n)
+
+
+def detectable(estimate: Estimate) -> float:
+    """The smallest true difference that a comparison with this interval would have found with a
+    power of 80 %, at a two-sided level of 5 %."""
+    quantile = scipy.stats.norm.ppf
+    half = (estimate.high - estimate.low) / 2
+    return float(half * (1 + quantile(0.8) / quantile(0.975)))
+
+
+def p_value_of(estimate: Estimate, limit: float) -> float:
+    """Two-sided p of the hypothesis that the true value is ``limit``, off the interval's bound on
+    that side; 0 or 1 for a number that is counted."""
+    bound = estimate.low if estimate.value > limit else estimate.high
+    error = abs(estimate.value - bound) / scipy.stats.norm.ppf(0.975)
+    if error == 0:
+        return float(estimate.value == limit)
+    return float(2 * scipy.stats.norm.sf(abs(estimate.value - limit) / error))
+
+
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's adjusted p-values: as many as these are tested together."""
+    from statsmodels.stats.multitest import multipletests
+
+    return multipletests(p_values, method="fdr_bh")[1].tolist() if len(p_values) else []
 
 
 def perplexity(token_counts: Sequence[int], losses: Sequence[float]) -> Estimate:

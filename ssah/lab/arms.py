@@ -21,7 +21,7 @@ class Arm:
 
     make: Callable[[], Model] = field(compare=False, repr=False)
     base: str = "aligned"  #: or ``unaligned``: what was there before
-    method: str = ""  #: ``removed``, ``frozen``, ``trained``: what happens to the units
+    method: str = ""  #: of what happens: ``removed``, ``frozen``, ``patched``, ``trained``
     rule: str = ""  #: which units: ``ESU``, ``random`` ...
     like: str = ""  #: for a control: the rule whose numbers of heads and neurons it has
     attack: str = ""  #: what the model was fine-tuned on
@@ -54,6 +54,8 @@ class Arm:
             return f"{units} removed{setting}{draw}"
         if self.method == "frozen":
             return f"{after}{units} frozen{setting}{draw}"
+        if self.method == "patched":
+            return f"{after}{units} patched{setting}{draw}"
         if self.method == "trained":
             return f"{after}aligned through {units}{setting}{draw}"
         return f"{self.base}{setting}"

@@ -18,9 +18,11 @@ from ..units.roles import Roles, Shares
 from .arms import Arm
 from .lab import Lab
 from .metrics.behaviour import CONDITIONS, PROMPTS
+from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.lessons import ATTACKS, MAIN_ATTACK
 from .stages.units import (
+    activations,
     classified,
     roles,
     shares,
@@ -33,6 +35,7 @@ from .units_of import CU6, ESU, EUU, RU, everything, group, matched, selection
 NOTHING = "nothing"
 HEADS = "heads included"
 MOVED = "moved most by alignment"
+LOWER = "lower rate"
 
 #: Share of all units at the second budget of the conditions: the paper's comparison with frozen
 #: layers (Table 9) freezes ESU and 26.8 % of CU; all heads together hold a quarter of the weights.
@@ -49,6 +52,7 @@ def check(lab: Lab) -> None:
         ("frozen_asked", experiment.frozen_asked, (*PROMPTS, *CONDITIONS)),
         ("aligned_asked", experiment.aligned_asked, (*PROMPTS, *CONDITIONS)),
         ("instructed", experiment.instructed, ATTACKS),
+        ("stability", experiment.stability, COMPARISONS),
         ("frozen", experiment.frozen, ATTACKS),
         ("conditions", experiment.conditions, [arm.units for arm in _all_conditions(lab)]),
         ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
@@ -57,8 +61,13 @@ def check(lab: Lab) -> None:
             if name not in valid:
                 known = suggestion(name, list(valid))
                 raise SsahError(f"experiment.{key}: there is no '{name}'{known}")
-    for name in frozen:
-        if name not in RULES:
+    if lab.config.finetune.rates and any(LOWER in name for name in experiment.conditions):
+        raise SsahError(
+            f"experiment.conditions: '{LOWER}' is a part of finetune.learning_rate, which "
+            "finetune.rates replaces: leave one of them out."
+        )
+    for name in (*frozen, *experiment.patched):
+        if name not in RULES or name in experiment.patched:
             selection(name)
 
 
@@ -92,7 +101,8 @@ def removals(lab: Lab) -> list[Arm]:
 
 def _all_removed(lab: Lab) -> list[Arm]:
     arms = [without(lab, name) for name in (ESU, EUU, RU)]
-    arms += [without_on_average(lab, name) for name in (ESU, EUU, RU)]
+    arms += [without_variation(lab, name) for name in (ESU, EUU, RU)]
+    arms += [without_context(lab, name) for name in (ESU, EUU, RU)]
     arms += [
         without_control(lab, "largest magnitude", ESU),
         without_control(lab, "smallest magnitude", RU),
@@ -106,13 +116,22 @@ def without(lab: Lab, rule: str) -> Arm:
     return removed(lab, rule, lambda: group(lab, rule))
 
 
-def without_on_average(lab: Lab, rule: str) -> Arm:
+def without_variation(lab: Lab, rule: str) -> Arm:
     """With what a group says on average in its place."""
 
     def make() -> Model:
-        return lab.aligned.ablated(group(lab, rule), statistics(lab, "utility"))
+        return lab.aligned.ablated(group(lab, rule), "mean", statistics(lab, "utility"))
 
     return Arm(functools.cache(make), method="removed", rule=rule, setting="mean")
+
+
+def without_context(lab: Lab, rule: str) -> Arm:
+    """With what a group said at random tokens of harmless answers in its place."""
+
+    def make() -> Model:
+        return lab.aligned.ablated(group(lab, rule), "resample", activations(lab))
+
+    return Arm(functools.cache(make), method="removed", rule=rule, setting="resampled")
 
 
 def without_control(lab: Lab, rule: str, like: str, draw: int | None = None) -> Arm:
@@ -218,6 +237,41 @@ def frozen_groups(lab: Lab, attack: str) -> list[str]:
 def by_the_papers_rule(arms: list[Arm]) -> Arm:
     """One epoch where nothing is frozen, twice as many for the rest (paper, section 4.2)."""
     return arms[0] if arms[0].rule == NOTHING else arms[-1]
+
+
+# --- patched (fig_sufficiency) ---------------------------------------------------------------
+
+
+#: Its columns, but for the epoch.
+ATTACKED_LONGEST = {"method": "frozen", "rule": NOTHING, "attack": MAIN_ATTACK}
+
+
+def attacked_longest(lab: Lab) -> Arm:
+    """The main attack with nothing frozen, after its last epoch: what is patched."""
+    return unfrozen(lab, MAIN_ATTACK)[-1]
+
+
+def patched(lab: Lab, name: str) -> Arm:
+    """The attacked model, in which a group of units says what it says in the aligned one."""
+    return _patched(lab, name, lambda: group(lab, name))
+
+
+def patched_control(lab: Lab, like: str, draw: int) -> Arm:
+    """The same with equally many random heads and neurons."""
+
+    def mask() -> UnitMask:
+        return matched(lab, "random", group(lab, like), draw=draw)
+
+    return _patched(lab, "random", mask, like, draw)
+
+
+def _patched(
+    lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", draw: int | None = None
+) -> Arm:
+    before = attacked_longest(lab)
+    make = functools.cache(lambda: before.model.patched(mask(), lab.aligned))
+    columns = {"method": "patched", "rule": rule, "like": like, "draw": draw}
+    return Arm(make, **(before.columns() | columns))
 
 
 # --- aligned through a part (Table 4; Figs 6, 9, 10) -----------------------------------------
@@ -372,7 +426,7 @@ def _all_conditions(lab: Lab) -> list[Arm]:
     rate = lab.config.finetune.learning_rate
     for setting, changes in (
         ("embeddings trained", {"train_embeddings": True}),
-        ("lower rate", {"learning_rate": rate * 0.4}),
+        (LOWER, {"learning_rate": rate * 0.4}),
     ):
         arms.append(arm(NOTHING, None, setting, **changes))
         arms.append(arm(CU6, narrow, setting, **changes))

@@ -48,6 +48,8 @@ class FinetuneConfig(TrainingConfig):
     """
 
     epochs: int = within(2, 1)
+    #: learning rates to try on the arm that freezes nothing, weakest first; none: learning_rate
+    rates: list[float] = all_within([], 1e-8, 1)
     rows: dict[str, int] = within_each(1)  #: attack -> rows to train on
     heldout_rows: int = within(32, 1)  #: of the attack's set, never trained on
     answers_of: str | None = None  #: the model (of conf/model) that answers rows without a response
@@ -124,10 +126,14 @@ class ExperimentConfig:
     removed: list[str] = field(default_factory=list)  #: arms of Table 1
     removed_draws: int = within(1, 0)  #: random controls of the groups among them
     removed_asked: list[str] = field(default_factory=list)  #: other prompts for these groups
+    stability: list[str] = field(default_factory=list)  #: comparisons of fig_stability
     sweep_shares: list[float] = all_within([], 0, 1)  #: to remove in fig_share_sweep
     sweep_draws: int = within(1, 0)
     frozen: dict[str, list[str]] = field(default_factory=dict)  #: attack -> groups or rules
     frozen_draws: int = within(1, 0)  #: random controls of ESU + 6 % CU
+    #: groups that say in the attacked model what they say in the aligned one (fig_sufficiency)
+    patched: list[str] = field(default_factory=list)
+    patched_draws: int = within(1, 0)  #: random controls of each of them
     cu_percents: list[float] = all_within([], 0, 100)  #: frozen beside ESU in fig8
     frozen_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 2
     conditions: list[str] = field(default_factory=list)  #: arms of fig_conditions beside Table 2's

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.store import behind
 from .arms import Arm
-from .catalogue import ALIGNED_ESU, ALL_UNITS, whole
+from .catalogue import ALIGNED_ESU, ALL_UNITS, NOTHING, whole
 from .lab import Lab
 from .measure import Measure, Question, is_there, questions
 
@@ -98,6 +98,8 @@ def _alone(arm: Arm, question: Question) -> Measure:
 
 def _job_of(arm: Arm) -> str:
     """Epochs of one training are one job; so are a model and what an attack makes of it."""
+    if arm.method == "patched":
+        return f"{arm.attack}: frozen: {NOTHING}"  # which trains what is patched
     if arm.method not in ("frozen", "trained"):
         return "units removed" if arm.method else f"the {arm.base} model"
     draw = "" if arm.draw is None else f", draw {arm.draw}"

@@ -8,7 +8,9 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from safetensors.torch import load_file
 
 from ..core.errors import SsahError
 from ..core.runtime import pick_device
@@ -16,13 +18,13 @@ from ..core.store import Handle, Store, digest
 from ..data.rows import Row, read_set
 from ..data.sets import build_sets, set_names
 from ..scoring.attribution import ActivationStatistics
-from ..training.ablation import ablate
+from ..training.ablation import ablate, patch
 from ..training.settings import AlignConfig, TrainingConfig
 from ..units.families import UnitKind
 from ..units.layout import UnitLayout
 from .config import Config, FinetuneConfig, model_config
 from .load import Checkpoint, load_model, load_tokenizer, locate, shapes
-from .specs import GIVEN, REFUSALS, Ablate, Model, Train
+from .specs import GIVEN, REFUSALS, Ablate, Model, Patch, Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -147,7 +149,11 @@ class Lab:
 
     def settings_of(self, step: Train) -> AlignConfig | FinetuneConfig:
         """The settings of a training."""
+        from .stages.strength import attack_rate  # which stands on labs itself
+
         config = self.config.align if step.rows == REFUSALS else self.config.finetune
+        if step.rows != REFUSALS and "learning_rate" not in step.changes:
+            config = dataclasses.replace(config, learning_rate=attack_rate(self))
         unknown = set(step.changes) - {f.name for f in dataclasses.fields(TrainingConfig)}
         if unknown:  # rows and responses belong to what is learned, not to one arm
             raise ValueError(f"A training cannot change {', '.join(sorted(unknown))}.")
@@ -163,8 +169,13 @@ class Lab:
             return self.given.identity
         if isinstance(model.step, Train):
             return f"{self.training(model).key}/epoch-{self.epoch_of(model.step)}"
-        mean = model.step.mean.key if model.step.mean else None
-        return digest([self.identity(model.base), model.step.mask.digest(), mean])
+        step = model.step
+        whose: Any = None
+        if isinstance(step, Patch):
+            whose = {"donor": self.identity(step.donor)}
+        elif step.source is not None:
+            whose = step.source.key if step.mode == "mean" else {step.mode: step.source.key}
+        return digest([self.identity(model.base), step.mask.digest(), whose])
 
     def runs_of(self, model: Model) -> Iterator[str]:
         """Keys of the runs that a model's weights came out of."""
@@ -172,6 +183,8 @@ class Lab:
             yield self.training(model).key
         elif model.base is not None:
             yield from self.runs_of(model.base)
+            if isinstance(model.step, Patch):
+                yield from self.runs_of(model.step.donor)
 
     def checkpoint(self, model: Model) -> Checkpoint:
         """Where a whole model's files are; it is trained first where there are none."""
@@ -183,15 +196,22 @@ class Lab:
 
     @contextmanager
     def use(self, model: Model) -> Iterator[PreTrainedModel]:
-        """The model in memory; units that it lacks are silent inside the block."""
+        """The model in memory; inside the block units that it lacks are silent, and patched ones
+        say what they say in their donor."""
         loaded = self._load(model.whole)
         if isinstance(model.step, Ablate):
-            mask, mean = model.step.mask, None
-            if model.step.mean is not None:
-                path = model.step.mean.path("statistics.safetensors")
+            step, mean, heard = model.step, None, None
+            if step.mode == "mean" and step.source is not None:
+                path = step.source.path("statistics.safetensors")
                 mean = ActivationStatistics.load(path).mean
-            mode: Literal["zero", "mean"] = "zero" if mean is None else "mean"
-            with ablate(loaded, self.layout_of(mask.unit_kind), mask, mode, mean):
+            elif step.mode == "resample" and step.source is not None:
+                heard = load_file(step.source.path("activations.safetensors"))
+            layout = self.layout_of(step.mask.unit_kind)
+            with ablate(loaded, layout, step.mask, step.mode, mean, heard):
+                yield loaded
+        elif isinstance(model.step, Patch):
+            mask, donor = model.step.mask, self._load(model.step.donor)
+            with patch(loaded, self.layout_of(mask.unit_kind), mask, donor):
                 yield loaded
         else:
             yield loaded

@@ -16,7 +16,7 @@ from .arms import Arm
 from .lab import Lab
 from .metrics import METRICS
 from .samples import Found, Result
-from .specs import Ablate, Model, Train
+from .specs import Model, Train
 from .table import COLUMNS, merged, typed
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,10 @@ def trainings(model: Model) -> tuple[Model, ...]:
 
 
 def _order(lab: Lab, model: Model) -> tuple[str, ...]:
-    """Models that share a training stand together, and an ablated one behind the whole."""
+    """Models that share a training stand together, and one without some units, or with those of
+    another model, behind the whole."""
     keys = [lab.training(trained).key for trained in trainings(model)]
-    return (*keys, lab.identity(model)) if isinstance(model.step, Ablate) else tuple(keys)
+    return tuple(keys) if model.whole == model else (*keys, lab.identity(model))
 
 
 #: A question about an arm: a metric, and on what.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core.store import Handle
+from ..training.ablation import Mode
 from ..training.part import EVERYTHING, Part
 from ..units.mask import UnitMask
 
@@ -29,10 +30,20 @@ class Train:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Some units say nothing, or what they say on average (:func:`ssah.ablate`)."""
+    """Some units say nothing, or something that has nothing to do with the text
+    (:func:`ssah.ablate`)."""
 
     mask: UnitMask
-    mean: Handle | None = None  #: activation statistics; without them the units are zeroed
+    mode: Mode = "zero"
+    source: Handle | None = None  #: of what they say instead: activation statistics, or activations
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Some units say what they say in another model (:func:`ssah.training.ablation.patch`)."""
+
+    mask: UnitMask
+    donor: Model
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Model:
     """A base, and what was done to it; with neither it is the given model."""
 
     base: Model | None = None
-    step: Train | Ablate | None = None
+    step: Train | Ablate | Patch | None = None
 
     def trained(
         self, rows: str, part: Part = EVERYTHING, epoch: int | None = None, **changes: Any
@@ -48,9 +59,13 @@ class Model:
         """This model after training on some rows."""
         return Model(self, Train(rows, part, changes, epoch))
 
-    def ablated(self, mask: UnitMask, mean: Handle | None = None) -> Model:
+    def ablated(self, mask: UnitMask, mode: Mode = "zero", source: Handle | None = None) -> Model:
         """This model without some units."""
-        return Model(self, Ablate(mask, mean))
+        return Model(self, Ablate(mask, mode, source))
+
+    def patched(self, mask: UnitMask, donor: Model) -> Model:
+        """This model with what some units say in another one."""
+        return Model(self, Patch(mask, donor))
 
     def at(self, epoch: int) -> Model:
         """The same training after another epoch."""
@@ -59,8 +74,8 @@ class Model:
 
     @property
     def whole(self) -> Model:
-        """The model whose units an ablation removes; itself where none is removed."""
-        if isinstance(self.step, Ablate):
+        """The model whose units are removed or patched; itself where nothing is."""
+        if isinstance(self.step, (Ablate, Patch)):
             assert self.base is not None
             return self.base.whole
         return self

@@ -7,7 +7,7 @@ several channels, averaged over them. One forward pass over the data, no gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -24,6 +24,9 @@ from .settings import VarianceOver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+NOTHING_COUNTED = "No token was counted: the responses of the attribution set are empty."
 
 
 class Moments:
@@ -101,19 +104,68 @@ def collect_statistics(
     """
     require_word("variance_over", variance_over, get_args(VarianceOver))
     moments = {b.name: Moments(b.channels.numel(), model.device) for b in layout.blocks}
-    counted: Tensor | None = None
+
+    def hear(name: str, entering: Tensor, counted: Tensor) -> None:
+        if variance_over == "token":
+            moments[name].update(entering[counted])
+        else:
+            # In half precision neither the sum nor the number of tokens would be exact.
+            weight = counted.unsqueeze(-1).float()
+            total = (entering.float() * weight).sum(1, dtype=torch.float64)
+            present = counted.any(1)
+            moments[name].update(total[present] / weight.sum(1)[present])
+
+    _listen(model, layout, batches, hear)
+    observations = next(iter(moments.values())).count
+    if observations == 0:
+        raise InvalidValueError(NOTHING_COUNTED)
+    for name, found in moments.items():
+        require_finite(found.variance, f"what enters the output projection of {name}")
+    return ActivationStatistics(
+        {name: m.mean.cpu() for name, m in moments.items()},
+        {name: m.variance.cpu() for name, m in moments.items()},
+        observations,
+    )
+
+
+@torch.inference_mode()
+def sample_activations(
+    model: PreTrainedModel, layout: UnitLayout, batches: Sequence[Batch], count: int, seed: int
+) -> dict[str, Tensor]:
+    """What enters each output projection at random counted tokens, by block: float32 ``[count,
+    channels]``, of the same tokens in every block; fewer where fewer are counted."""
+    total = sum(int((b.counted & b.attention_mask.bool()).sum()) for b in batches)
+    if total == 0:
+        raise InvalidValueError(NOTHING_COUNTED)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=generator)[:count]] = True
+    found: dict[str, list[Tensor]] = {block.name: [] for block in layout.blocks}
+    before = dict.fromkeys(found, 0)
+
+    def hear(name: str, entering: Tensor, counted: Tensor) -> None:
+        values = entering[counted]
+        own = chosen[before[name] : before[name] + len(values)]
+        before[name] += len(values)
+        found[name].append(values[own.to(values.device)].float().cpu())
+
+    _listen(model, layout, batches, hear)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _listen(
+    model: PreTrainedModel,
+    layout: UnitLayout,
+    batches: Iterable[Batch],
+    hear: Callable[[str, Tensor, Tensor], None],
+) -> None:
+    """Stream batches through the model; ``hear`` gets a block's name, what enters its output
+    projection, ``[samples, tokens, channels]``, and which tokens count, ``[samples, tokens]``."""
+    counted = torch.zeros(0)
 
     def hook_for(name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert counted is not None
-            if variance_over == "token":
-                moments[name].update(args[0][counted])
-            else:
-                # In half precision neither the sum nor the number of tokens would be exact.
-                weight = counted.unsqueeze(-1).float()
-                total = (args[0].float() * weight).sum(1, dtype=torch.float64)
-                present = counted.any(1)
-                moments[name].update(total[present] / weight.sum(1)[present])
+            hear(name, args[0], counted)
 
         return hook
 
@@ -138,18 +190,6 @@ def collect_statistics(
         for handle in handles:
             handle.remove()
         model.train(was_training)
-    observations = next(iter(moments.values())).count
-    if observations == 0:
-        raise InvalidValueError(
-            "No token was counted: the responses of the attribution set are empty."
-        )
-    for name, found in moments.items():
-        require_finite(found.variance, f"what enters the output projection of {name}")
-    return ActivationStatistics(
-        {name: m.mean.cpu() for name, m in moments.items()},
-        {name: m.variance.cpu() for name, m in moments.items()},
-        observations,
-    )
 
 
 def unit_scores(

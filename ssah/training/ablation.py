@@ -1,20 +1,25 @@
-"""Remove units for a while: zero their contribution or replace it by its mean, then restore it."""
+"""Change for a while what units say: nothing, their mean, or what they say in another model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Literal, get_args
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..core.valid import require_word
-from ..units.layout import UnitLayout
+from ..units.layout import Block, UnitLayout
 from ..units.mask import UnitMask
 
-#: What is put in the place of units that are removed: nothing, or what they say on average.
-Mode = Literal["zero", "mean"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: What is put in the place of units that are removed: nothing, what they say on average, or what
+#: they said somewhere else.
+Mode = Literal["zero", "mean", "resample"]
 
 
 @contextmanager
@@ -24,19 +29,29 @@ def ablate(
     mask: UnitMask,
     mode: Mode = "zero",
     mean: Mapping[str, Tensor] | None = None,
+    heard: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Context manager under which the chosen units say nothing.
+    """Context manager under which the chosen units say nothing of their own.
 
     Their input columns of ``B`` are set to zero (rows of ``A`` alone would not do: with biases on
     q/k/v a "removed" head would still speak). ``mode="mean"`` also adds the constant that the
     units contribute on average: ``W[:, j] @ mean[j]``, with ``mean`` by block, ``[channels]``
-    (:attr:`ActivationStatistics.mean`). On exit, also after an error, every weight has its old
-    bits again.
+    (:attr:`ActivationStatistics.mean`). ``mode="resample"`` puts in their place, at each token,
+    what they all said at one random token of other texts: ``heard``, by block ``[n, channels]``
+    (:func:`ssah.scoring.attribution.sample_activations`), so that nothing is out of the ordinary
+    but that it has nothing to do with this text. On exit, also after an error, every weight has
+    its old bits again.
     """
     layout.require(mask)
     require_word("mode", mode, get_args(Mode))
     if mode == "mean" and mean is None:
         raise ValueError("Mean ablation needs the activation means of the units.")
+    if mode == "resample":
+        if heard is None:
+            raise ValueError("Resampling needs activations of the units.")
+        with _resample(model, layout, mask, heard):
+            yield
+        return
     saved: list[tuple[nn.Linear, Tensor, Tensor]] = []
     handles = []
     try:
@@ -63,8 +78,109 @@ def ablate(
                 linear.weight[:, columns] = kept
 
 
+@contextmanager
+def _resample(
+    model: nn.Module, layout: UnitLayout, mask: UnitMask, heard: Mapping[str, Tensor]
+) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.zeros(0, dtype=torch.long)
+
+    def hook_for(block: Block, first: bool):
+        columns = block.channels[mask[block.name]].flatten()
+        values = heard[block.name][:, columns]
+
+        def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            nonlocal drawn
+            if first:  # the same token in every block
+                drawn = torch.randint(len(values), args[0].shape[:-1], generator=generator)
+            said = args[0].clone()
+            said[..., columns.to(said.device)] = values[drawn].to(said)
+            return (said,)
+
+        return hook
+
+    chosen = [block for block in layout.blocks if mask[block.name].any()]
+    handles = [
+        block.projection(model).register_forward_pre_hook(hook_for(block, first=number == 0))
+        for number, block in enumerate(chosen)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _adder(constant: Tensor):
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output + constant
+
+    return hook
+
+
+@contextmanager
+def patch(
+    model: PreTrainedModel, layout: UnitLayout, mask: UnitMask, donor: PreTrainedModel
+) -> Iterator[None]:
+    """Context manager under which the chosen units of ``model`` say what they say in ``donor``, a
+    model of the same shapes, on the same tokens (activation patching).
+
+    Before each forward pass of the model the donor reads the same input, with a key-value cache of
+    its own; then the inputs of ``B`` at the units' channels are the donor's. All that is before
+    the units in the model itself has no part in what they say; the weights of ``B`` stay its own.
+    """
+    layout.require(mask)
+    inner = model.base_model
+    forward = inner.forward
+    heard: dict[str, Tensor] = {}
+
+    def lockstep(*ids: Tensor, past_key_values: Any = None, **inputs: Any) -> Any:
+        own = past_key_values or _Caches(None, None)
+        there = donor.base_model(*ids, past_key_values=own.donor, **inputs)
+        here = forward(*ids, past_key_values=own.model, **inputs)
+        if here.past_key_values is not None:
+            here.past_key_values = _Caches(here.past_key_values, there.past_key_values)
+        return here
+
+    with ExitStack() as stack:
+        for block in layout.blocks:
+            chosen = mask[block.name]
+            if chosen.any():
+                columns = block.channels[chosen].flatten().to(model.device)
+                for owner, hook in (
+                    (donor, _listener(heard, block.name, columns)),
+                    (model, _speaker(heard, block.name, columns)),
+                ):
+                    handle = block.projection(owner).register_forward_pre_hook(hook)
+                    stack.callback(handle.remove)
+        inner.forward = lockstep
+        stack.callback(inner.__dict__.pop, "forward")
+        yield
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """Keys and values of a model and of its donor."""
+
+    model: Any
+    donor: Any
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for cache in (self.model, self.donor):
+            cache.batch_select_indices(indices)
+
+
+def _listener(heard: dict[str, Tensor], name: str, columns: Tensor):
+    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+        heard[name] = args[0][..., columns]
+
+    return hook
+
+
+def _speaker(heard: dict[str, Tensor], name: str, columns: Tensor):
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        said = args[0].clone()
+        said[..., columns] = heard[name].to(said)
+        return (said,)
 
     return hook

@@ -17,7 +17,8 @@ from ssah.core.store import Handle, Store
 from ssah.data.assets import EMBEDDED, fetch
 from ssah.lab.config import compose
 from ssah.lab.load import load_model, locate
-from ssah.lab.stages.units import roles, statistics
+from ssah.lab.specs import GIVEN
+from ssah.lab.stages.units import activations, roles, statistics
 from ssah.lab.table import read_table
 
 pytestmark = pytest.mark.real
@@ -136,11 +137,17 @@ def test_weights_are_unchanged_after_every_ablation(ssah, monkeypatch, tmp_path:
     with lab.use(lab.aligned) as model:
         whole, plain = fingerprint(model), logits(model)
     for group in ("ESU", "EUU", "RU"):
-        for mean in (None, statistics(lab, "utility")):
-            with lab.use(lab.aligned.ablated(roles(lab).mask(group), mean)) as ablated:
-                assert not torch.equal(logits(ablated), plain), (group, mean)
-            assert fingerprint(model) == whole, (group, mean)
-            assert torch.equal(logits(model), plain), (group, mean)
+        mask = roles(lab).mask(group)
+        for changed in (
+            lab.aligned.ablated(mask),
+            lab.aligned.ablated(mask, "mean", statistics(lab, "utility")),
+            lab.aligned.ablated(mask, "resample", activations(lab)),
+            lab.aligned.patched(mask, GIVEN),
+        ):
+            with lab.use(changed) as other:
+                assert not torch.equal(logits(other), plain), (group, changed)
+            assert fingerprint(model) == whole, (group, changed)
+            assert torch.equal(logits(model), plain), (group, changed)
     saved = load_model(lab.checkpoint(lab.aligned), study.config.model, lab.device)
     assert fingerprint(saved) == whole, "and they are those that were saved"
     assert ssah.finished_runs() == before, "all of this was computed by the command"

@@ -6,8 +6,11 @@ import copy
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from ssah.training.ablation import ablate
+from ssah.evaluate.generate import continuations
+from ssah.training.ablation import ablate, patch
+from ssah.units.families import FAMILIES
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
@@ -198,3 +201,136 @@ def test_a_head_with_biases_is_really_silent(families):
                     model.get_parameter(cut.parameter)[rows] += 3
         assert torch.equal(logits(model), silent)
     assert not torch.allclose(logits(model), silent, atol=1e-2)
+
+
+# --- activations of another model ------------------------------------------------------------
+
+
+def that_reads_otherwise(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that differs in what its units read alone: rows of queries, keys and values, gates
+    and up-projections."""
+    other = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(5)
+        for block in UnitLayout.of(other).blocks:
+            for part in block.slices:
+                if part.dim == 0:
+                    weight = other.get_parameter(part.parameter)
+                    weight.add_(0.3 * torch.randn_like(weight))
+    return other
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_units_say_what_they_say_in_the_donor(families, model_type):
+    model = families(model_type)
+    donor = that_reads_otherwise(model)
+    layout = UnitLayout.of(model)
+    ids = torch.arange(5, 17).view(2, 6)
+    with torch.inference_mode():
+        own, theirs = model(ids).logits, donor(ids).logits
+        assert not torch.allclose(own, theirs, atol=1e-3)
+        with patch(model, layout, layout.none(), donor):
+            assert torch.equal(model(ids).logits, own)
+        everything = layout.mask(torch.ones(layout.units, dtype=torch.bool))
+        with patch(model, layout, everything, donor):
+            # What differs between the two is then heard nowhere.
+            assert torch.allclose(model(ids).logits, theirs, atol=1e-5)
+        assert torch.equal(model(ids).logits, own), "and nothing is left of it"
+        assert torch.equal(donor(ids).logits, theirs)
+
+
+def test_only_the_chosen_units_are_patched(families):
+    model = families("llama")
+    donor = that_reads_otherwise(model)
+    layout = UnitLayout.of(model)
+    chosen = torch.zeros(layout.units, dtype=torch.bool)
+    chosen[3::7] = True
+    mask = layout.mask(chosen)
+    ids, heard = torch.arange(5, 17).view(2, 6), {}
+
+    def listen(owner: PreTrainedModel, name: str) -> None:
+        """Hooks that are added later hear what those before them changed."""
+        for block in layout.blocks:
+            block.projection(owner).register_forward_pre_hook(
+                lambda module, args, key=(name, block.name): heard.update({key: args[0]})
+            )
+
+    with torch.inference_mode():
+        listen(model, "before")
+        model(ids)
+        with patch(model, layout, mask, donor):
+            listen(model, "patched")
+            listen(donor, "donor")
+            model(ids)
+    first = layout.blocks[0]  # what is before it is the same in both
+    own, patched, theirs = (heard[name, first.name] for name in ("before", "patched", "donor"))
+    columns = torch.zeros(own.shape[-1], dtype=torch.bool)
+    columns[first.channels[mask[first.name]].flatten()] = True
+    assert columns.any()
+    assert torch.equal(patched[..., columns], theirs[..., columns])
+    assert torch.equal(patched[..., ~columns], own[..., ~columns])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_patched_model_answers_as_its_donor(answering_model, text_tokenizer, batch_size):
+    """Word by word, with the keys and values of both models, while rows leave the batch."""
+    model, donor = answering_model, that_reads_otherwise(answering_model)
+    layout = UnitLayout.of(model)
+    everything = layout.mask(torch.ones(layout.units, dtype=torch.bool))
+    prompts = [[5, 6, 7], [8, 9], [11, 12, 13, 14], [20]]
+    said = continuations(donor, text_tokenizer, prompts, 8, batch_size)
+    text_tokenizer.eos_token = text_tokenizer.convert_ids_to_tokens(said[0][3])
+    wanted = continuations(donor, text_tokenizer, prompts, 8, batch_size)
+    assert len({len(row) for row in wanted}) > 1, "else nothing ends before another"
+    assert continuations(model, text_tokenizer, prompts, 8, batch_size) != wanted
+    with patch(model, layout, everything, donor):
+        assert continuations(model, text_tokenizer, prompts, 8, batch_size) == wanted
+
+
+# --- what they said somewhere else -------------------------------------------------------------
+
+
+def test_resampled_units_say_what_they_all_said_at_one_token(families):
+    """The rest says what it says; the same token in every block, another one at each position."""
+    model = families("llama")
+    layout = UnitLayout.of(model)
+    mask = some_units(layout)
+    numbered = {  # which token it was can be read off every value
+        b.name: torch.arange(50.0)[:, None].expand(50, b.channels.numel()) for b in layout.blocks
+    }
+    entering: dict[str, torch.Tensor] = {}
+
+    def listen() -> None:
+        for block in layout.blocks:
+            block.projection(model).register_forward_pre_hook(
+                lambda module, args, name=block.name: entering.update({name: args[0]})
+            )
+
+    before = bits(model)
+    with ablate(model, layout, mask, "resample", heard=numbered):
+        listen()
+        first = logits(model)
+    found = []
+    for block in layout.blocks:
+        columns = block.channels[mask[block.name]].flatten()
+        if len(columns):
+            values = entering[block.name][..., columns]
+            assert (values == values[..., :1]).all(), block.name
+            found.append(values[..., 0])
+            rest = torch.ones(entering[block.name].shape[-1], dtype=torch.bool)
+            rest[columns] = False
+            assert not torch.equal(
+                entering[block.name][..., rest], entering[block.name][..., rest].round()
+            )
+    assert len(found) > 2
+    assert all(torch.equal(found[0], other) for other in found)
+    assert len(found[0].unique()) > 5
+    with ablate(model, layout, mask, "resample", heard=numbered):
+        assert torch.equal(logits(model), first), "it is drawn in the same way again"
+    after = bits(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with (
+        pytest.raises(ValueError, match="Resampling needs activations"),
+        ablate(model, layout, mask, "resample"),
+    ):
+        pass

@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssah.scoring.attribution import ActivationStatistics, Moments, collect_statistics, unit_scores
+from ssah.scoring.attribution import (
+    ActivationStatistics,
+    Moments,
+    collect_statistics,
+    sample_activations,
+    unit_scores,
+)
 from ssah.text.batches import Batch, dialogue_batches
 from ssah.units.layout import Block, UnitLayout
 
@@ -412,3 +418,33 @@ def test_statistics_survive_saving(tiny_model, tmp_path):
         assert torch.equal(loaded.mean[name], statistics.mean[name])
         assert torch.equal(loaded.variance[name], statistics.variance[name])
     assert all(t.dtype == torch.float64 for t in loaded.variance.values())
+
+
+# --- samples of activations ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sampled_activations_are_those_of_response_tokens(families, side):
+    """All of them where more are asked for; the same tokens in every block where fewer are."""
+    model = families("llama")
+    layout = UnitLayout.of(model)
+    pairs = random_pairs(7)
+    captured = one_by_one(model, layout, pairs)
+    batches = list(dialogue_batches(pairs, 3, side=side))
+    total = sum(len(response) for _, response in pairs)
+    few = sample_activations(model, layout, batches, 9, seed=1)
+    positions = set()
+    for block in layout.blocks:
+        rows = observations(captured[block.name], pairs)
+        found = sample_activations(model, layout, batches, 1000, seed=0)[block.name].numpy()
+        assert found.shape == (total, block.channels.numel())
+        np.testing.assert_allclose(
+            found[found[:, 0].argsort()], rows[rows[:, 0].argsort()], atol=1e-4
+        )
+        assert len(few[block.name]) == 9
+        distances = np.abs(few[block.name].numpy()[:, None] - rows[None]).max(-1)
+        assert distances.min(1).max() < 1e-4
+        positions.add(tuple(distances.argmin(1)))
+    assert len(positions) == 1
+    other = sample_activations(model, layout, batches, 9, seed=2)
+    assert not torch.equal(other["layers.0.mlp"], few["layers.0.mlp"])

@@ -7,18 +7,25 @@ import pytest
 
 from ssah.artefacts import ARTEFACTS
 from ssah.claims import table as claims_module
-from ssah.claims.table import behind, claims, claims_table, update_claims, verdict
+from ssah.claims.table import (
+    behind,
+    claims,
+    claims_table,
+    published_by_model,
+    update_claims,
+    verdict,
+)
 from ssah.evaluate.stats import Estimate
 from ssah.lab.table import typed, write_table
 
 
 def claim(**changes) -> dict:
     plain = {
-        "id": "one", "artefact": "table1", "sentence": "Something is above ten.", "unit": "points",
-        "direction": "above", "limit": 10.0, "metric": "ASR", "base": "aligned", "method": "",
-        "rule": "", "like": "", "attack": "", "epoch": 0, "setting": "", "set": "", "block": "",
-        "at": "", "against": "", "paper": "", "paper_minus": "", "paper_over": "",
-        "paper_model": "Llama-2-7B-Chat",
+        "id": "one", "headline": "", "artefact": "table1", "sentence": "Something is above ten.",
+        "unit": "points", "direction": "above", "limit": 10.0, "margin": float("nan"),
+        "metric": "ASR", "base": "aligned", "method": "", "rule": "", "like": "", "attack": "",
+        "epoch": 0, "setting": "", "set": "", "block": "", "at": "", "against": "", "paper": "",
+        "paper_minus": "", "paper_over": "", "paper_model": "Llama-2-7B-Chat",
     }  # fmt: skip
     return plain | changes
 
@@ -40,6 +47,10 @@ def test_claims_are_sentences_about_artefacts_that_exist():
         assert own["direction"] in ("above", "below"), own["id"]
         assert own["sentence"][0].isupper(), own["id"]
         assert own["sentence"].endswith("."), own["id"]
+
+
+def test_the_front_page_has_few_claims():
+    assert 10 < sum(own["headline"] == "yes" for own in claims()) <= 20
 
 
 def test_every_claim_finds_its_numbers(lively_table):
@@ -79,6 +90,52 @@ def test_a_claim_holds_where_the_whole_interval_is_on_its_side(direction, low, h
     assert verdict(claim(direction=direction), estimate) == wanted
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "p_value", "wanted"),
+    [
+        (-9.9, 9, 1, "no difference as large as 10 points"),
+        (-10, 2, 1, "too few data: a difference of 10 points is possible"),
+        (-3, 14.2, 1, "too few data: a difference of 14 points is possible"),
+        (1, 9, 0.01, "holds"),
+        (1, 9, 0.051, "no difference as large as 10 points"),
+        (-30, -1, 0.01, "does not hold"),
+    ],
+)
+def test_what_is_not_told_from_zero_is_small_or_unknown(low, high, p_value, wanted):
+    own = claim(limit=0.0, margin=10.0)
+    assert verdict(own, Estimate((low + high) / 2, low, high, 9), p_value) == wanted
+
+
+def test_of_many_claims_some_would_hold_by_chance(tmp_path, monkeypatch):
+    """One of forty just beyond its limit does not count, and alone it does."""
+    monkeypatch.setattr(claims_module, "results_root", lambda: tmp_path)
+    weak = row(12, 10.1, 13.9, rule="ESU")
+    none = [row(10, 5, 15, rule=str(number)) for number in range(40)]
+    write_table(table(weak, *none), tmp_path / "published")
+    for others, wanted in ((0, "holds"), (40, "undecided")):
+        several = (claim(rule="ESU"), *(claim(rule=str(n)) for n in range(others)))
+        monkeypatch.setattr(claims_module, "claims", lambda several=several: several)
+        assert claims_table(tmp_path / "published")["verdict"][0] == wanted
+
+
+def test_models_stand_side_by_side_and_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_module, "results_root", lambda: tmp_path)
+    monkeypatch.setattr(
+        claims_module, "claims", lambda: (claim(), claim(id="two", rule="ESU", headline="yes"))
+    )
+    rows = row(20, 15, 25), row(5, 4, 6, model="other"), row(30, 29, 31, model="other", rule="ESU")
+    write_table(table(*rows), tmp_path / "published")
+    found = published_by_model(headline=False)
+    assert found["m"].tolist() == ["20.00 [15.00, 25.00]: holds", "not run"]
+    assert found["other"].tolist() == [
+        "5.00 [4.00, 6.00]: does not hold",
+        "30.00 [29.00, 31.00]: holds",
+    ]
+    assert published_by_model(headline=True)["other"].tolist() == found["other"].tolist()[1:]
+    write_table(table(row(5, 4, 6, model="other")), tmp_path / "own")
+    assert claims_table(tmp_path / "own")["agrees"][0] == "yes", "with the same model's"
+
+
 def test_the_measurement_behind_a_claim():
     found = table(
         row(1, 0, 2),
@@ -111,7 +168,7 @@ def test_three_columns_and_a_verdict_on_this_run(tmp_path, monkeypatch):
     write_table(table(row(5, 4, 6), row(30, 20, 40, rule="ESU")), own)
     found = claims_table(own).set_index("claim")
     one, two = found.loc["one"], found.loc["two"]
-    assert one["published"] == "20.50 [15.00, 25.00]"
+    assert one["published"] == "20.50 [12.10, 28.29]", "wider than a seed's, since they differ"
     assert one["this run"] == "5.00 [4.00, 6.00]"
     assert (one["agrees"], one["verdict"]) == ("no", "does not hold")
     assert (two["published"], two["agrees"], two["verdict"]) == ("", "", "holds")

@@ -180,6 +180,23 @@ def test_seeds_of_several_machines_are_merged_and_drawn_as_if_measured_together(
         commands.merge([zero, tmp_path / "nothing"], tmp_path / "both")
 
 
+def test_models_are_merged_and_drawn_below_each_other(smoke_study, tmp_path):
+    folders = []
+    for overrides in ([], ["model.name=second"]):
+        study = smoke_study(*overrides)
+        study.results = tmp_path / (study.config.model.name)
+        for artefact in ("table1", "fig_share_sweep"):
+            study.show(artefact)
+        folders.append(study.results)
+    commands.merge(folders, tmp_path / "both")
+    shown = (tmp_path / "both" / "tables" / "table1.md").read_text()
+    assert shown.count("| tiny ") == shown.count("| second ") > 3
+    assert "model tiny, second, seeds 0" in shown
+    assert set(read_table(tmp_path / "both")["model"]) == {"tiny", "second"}
+    commands.merge([tmp_path / "both"], tmp_path / "again")
+    assert (tmp_path / "again" / "tables" / "table1.md").read_text() == shown, "it names both"
+
+
 def test_only_what_the_repository_made_is_published(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "results_root", lambda: tmp_path)
     for commits in ("0123456789", "HEAD 0123456789"):

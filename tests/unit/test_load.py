@@ -14,7 +14,10 @@ from ssah.core.errors import SsahError
 from ssah.core.store import Store
 from ssah.lab.config import compose
 from ssah.lab.lab import Lab
+from ssah.lab.load import Checkpoint, shapes
 from ssah.lab.specs import GIVEN
+from ssah.units.families import FAMILIES
+from ssah.units.layout import UnitLayout
 
 
 @pytest.fixture
@@ -65,6 +68,27 @@ def test_whatever_shapes_what_a_model_says_is_in_its_key(folder, change, request
     change(folder)
     same = request.node.callspec.id == "same"
     assert (lab_of(folder).given.identity == before) is same
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("kind", ["head", "channel", "kv_group"])
+def test_shapes_without_weights_make_the_same_layout(families, model_type, kind, tmp_path):
+    """They are read off once; what is kept is enough."""
+    model = families(model_type)
+    model.save_pretrained(tmp_path / "model")
+    store = Store(tmp_path / "runs")
+    checkpoint = Checkpoint(str(tmp_path / "model"), "a hash")
+    wanted = UnitLayout.of(model, kind)
+    for _ in range(2):
+        found = UnitLayout.of(shapes(store, checkpoint, model_type), kind)
+        assert [b.name for b in found.blocks] == [b.name for b in wanted.blocks]
+        for own, other in zip(found.blocks, wanted.blocks, strict=True):
+            assert own.output == other.output
+            assert torch.equal(own.channels, other.channels)
+            assert [(s.parameter, s.dim, s.width, s.length) for s in own.slices] == [
+                (s.parameter, s.dim, s.width, s.length) for s in other.slices
+            ]
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
 
 
 def test_a_readme_is_not(folder):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from ssah.artefacts.pick import estimate, rows_of
 from ssah.core.errors import SsahError
@@ -17,12 +19,14 @@ from ssah.lab.arms import Arm
 from ssah.lab.lab import Lab
 from ssah.lab.measure import Measure
 from ssah.lab.metrics.behaviour import BOTH, PREFIX, SYSTEM, asked
+from ssah.lab.metrics.stability import COMPARISONS, Overlaps, stability
 from ssah.lab.specs import GIVEN, Model
 from ssah.lab.stages.answers import PREFIX_JAILBREAK, answers
 from ssah.lab.stages.lessons import MAIN_ATTACK, heldout, lesson
-from ssah.lab.stages.units import roles, roles_after
+from ssah.lab.stages.units import CATEGORY, HALF, roles, roles_after, statistics
 from ssah.lab.stages.utility import attack_losses, held_out_texts, task_outcomes
 from ssah.lab.units_of import ALL_CU, CU6, ESU, group
+from ssah.units.mask import UnitMask
 from ssah.units.roles import GROUPS, transfer
 
 pytestmark = pytest.mark.usefixtures("toy_verdicts")
@@ -39,6 +43,45 @@ def verdicts(lab: Lab, model: Model, prompts: str, system: str = "", suffix: str
         judges.judge(judges.Completion(row.prompt, text))
         for row, text in zip(rows, said, strict=True)
     ]
+
+
+def test_overlaps_are_those_of_units_and_of_chance():
+    def mask(heads: str, neurons: str) -> UnitMask:
+        bits = {"layers.0.attn": heads, "layers.0.mlp": neurons}
+        return UnitMask({n: torch.tensor([c == "1" for c in b]) for n, b in bits.items()})
+
+    first, second = mask("1100", "11100000"), mask("0100", "01110000")
+    empty = mask("0000", "00000000")
+    found = Overlaps({"ESU": first, "RU": empty}, {"ESU": second, "RU": empty}, "once more")
+    rows = {(c["metric"], c["set"]): (e.value, e.n) for c, e, _ in found.rows()}
+    expected = 2 * 1 / 4 + 3 * 3 / 8  # heads and neurons apart
+    assert rows["overlap", "ESU"] == (pytest.approx(3 / 6), 5)
+    assert rows["overlap by chance", "ESU"] == (pytest.approx(expected / (9 - expected)), 5)
+    assert rows["overlap", "RU"] == (0, 0)
+
+
+def test_units_are_scored_on_parts_of_the_prompts(lively_lab):
+    own = {row.id: row for row in lively_lab.rows("harmful_attribution")}
+    samples = lively_lab.config.attribution.samples
+    whole, half, category = (
+        statistics(lively_lab, "safety", part=part).config["rows"] for part in ("", HALF, CATEGORY)
+    )
+    assert (len(whole), len(half)) == (samples, samples // 2)
+    largest = Counter(row.category for row in own.values()).most_common(1)[0][0]
+    of_largest = {row.prompt for row in own.values() if row.category == largest}
+    assert {prompt for prompt, *_ in category} <= of_largest
+    assert len(category) == min(samples, len(of_largest)) > 1
+    benign = [statistics(lively_lab, "utility", part=p).key for p in ("", CATEGORY)]
+    assert benign[0] == benign[1], "harmless prompts have no part in it"
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_comparison_finds_groups_of_the_same_size(lively_lab, name):
+    attacked = catalogue.attacked_longest(lively_lab).model
+    found = stability(lively_lab, attacked, name)
+    for group_name, mask in found.first.items():
+        assert mask.count() == found.second[group_name].count(), group_name
+    assert found.first["ESU"] == roles(lively_lab).mask("ESU")
 
 
 def percent(found: list[bool]) -> float:

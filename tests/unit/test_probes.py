@@ -23,7 +23,7 @@ from ssah.evaluate.probes import (
     read_out,
 )
 from ssah.evaluate.stats import Estimate, crossed_mean
-from ssah.text.chat import encode, render_prompt
+from ssah.text.chat import encode, end_tokens, render_prompt
 
 POSITIONS = (1, 3, 4)
 FIELDS = [field.name for field in dataclasses.fields(Probe)]
@@ -225,6 +225,32 @@ def test_continuations_do_not_depend_on_the_batch(answering_model, text_tokenize
         assert found == expected
         said = complete(answering_model, text_tokenizer, texts, LENGTH, batch_size)
         assert said == [text_tokenizer.decode(r, skip_special_tokens=True) for r in expected]
+
+
+@pytest.mark.parametrize("common", [7, 8, 20])
+@pytest.mark.parametrize(
+    ("model_type", "window"),
+    [("llama", None), ("qwen2", None), ("gemma3_text", 64), ("gemma3_text", 16)],
+)
+def test_what_prompts_have_in_common_changes_nothing(
+    families, text_tokenizer, monkeypatch, model_type, window, common
+):
+    """Also where some prompts are padded behind it, and where one is nothing else."""
+    model = families(model_type, sliding_window=window)
+    beginning = [(7 * i) % 30 + 3 for i in range(common)]
+    prompts = [beginning + own for own in ([5, 9, 11], [6], [8, 4, 7, 12, 13], [])]
+    ends = end_tokens(model, text_tokenizer)
+    said = [greedy(model, prompt) for prompt in prompts]
+    whole = [row[: next((i for i, t in enumerate(row) if t in ends), LENGTH)] for row in said]
+    read: list[int] = []
+    base = model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model, "forward",
+        lambda *a, **k: (read.append(k["input_ids"].numel()), base(*a, **k))[1],
+    )  # fmt: skip
+    assert continuations(model, text_tokenizer, prompts, LENGTH, 4) == whole
+    is_shared = common > 8 and window != 16
+    assert (read[0] == common - 1) == is_shared, "the last token is read by each"
 
 
 # --- a planted direction -----------------------------------------------------------------------

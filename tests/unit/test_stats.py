@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 from ssah.evaluate.stats import (
     Estimate,
+    adjusted,
     average,
     corrected,
+    detectable,
+    over_repetitions,
+    p_value_of,
     paired_difference,
     paired_p_value,
     perplexity,
@@ -136,6 +140,51 @@ def test_pooling_averages_and_does_not_narrow():
     pooled = pool([Estimate(10, 5, 20, 100), Estimate(20, 15, 40, 100)])
     assert pooled == Estimate(15, 10, 30, 100)
     assert pool([pooled]) == pooled
+
+
+def test_seeds_that_agree_keep_the_items_interval():
+    one = Estimate(10, 5, 20, 100)
+    assert over_repetitions([one]) == one
+    assert over_repetitions([one, one, one]) == one
+
+
+def test_seeds_that_differ_widen_the_interval():
+    """Half-widths of items and of Student's interval of the seeds' mean, in quadrature."""
+    found = over_repetitions([Estimate(v, v - 3, v + 4, 50) for v in (10, 20)])
+    student = 12.7062 * 5  # t at one degree of freedom; the standard error of 10 and 20
+    assert found.value == 15
+    assert found.low == pytest.approx(15 - math.hypot(3, student), abs=1e-3)
+    assert found.high == pytest.approx(15 + math.hypot(4, student), abs=1e-3)
+
+
+def test_an_interval_over_seeds_and_items_covers_the_truth():
+    """Three seeds of one set of 100 prompts: each seed and each prompt shifts what comes out."""
+    rng, inside, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        seeds, prompts = rng.normal(0, 0.6, (3, 1)), rng.normal(0, 1.5, 100)
+        outcomes = rng.random((3, 100)) < 1 / (1 + np.exp(-(seeds + prompts)))
+        found = over_repetitions([proportion(row.tolist()) for row in outcomes])
+        inside += found.low <= 0.5 <= found.high
+    assert inside / runs > 0.94
+
+
+def test_what_could_have_been_found():
+    error = 2.0
+    estimate = Estimate(1, 1 - 1.96 * error, 1 + 1.96 * error, 9)
+    assert detectable(estimate) == pytest.approx((1.96 + 0.8416) * error, rel=1e-3)
+
+
+def test_p_values_off_intervals():
+    estimate = Estimate(5, 5 - 1.96, 5 + 2 * 1.96, 9)
+    assert p_value_of(estimate, 3) == pytest.approx(0.0455, abs=1e-4), "two errors of the low side"
+    assert p_value_of(estimate, 7) == pytest.approx(0.3173, abs=1e-4), "one of the high side"
+    counted = Estimate(2, 2, 2, 9)
+    assert (p_value_of(counted, 2), p_value_of(counted, 3)) == (1, 0)
+
+
+def test_p_values_are_adjusted_together():
+    assert adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+    assert adjusted([]) == []
 
 
 def test_scaling():

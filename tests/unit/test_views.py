@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -14,8 +15,8 @@ from ssah.units.roles import GROUPS
 
 @pytest.fixture(scope="module")
 def outputs(lively_table, lively_lab) -> dict[str, Output]:
-    config = lively_lab.config
-    return {name: artefact.view(lively_table, config) for name, artefact in ARTEFACTS.items()}
+    configs = {lively_lab.config.model.name: lively_lab.config}
+    return {name: artefact.view(lively_table, configs) for name, artefact in ARTEFACTS.items()}
 
 
 def columns_of(table) -> list[str]:
@@ -129,8 +130,31 @@ def test_a_model_that_came_aligned_has_no_pair(lively_table, lively_lab):
         lively_lab.config, align=dataclasses.replace(lively_lab.config.align, enabled=False)
     )
     for name in ("table4", "fig_budget", "fig6", "fig9", "fig10"):
-        output = ARTEFACTS[name].view(lively_table, config)
+        output = ARTEFACTS[name].view(lively_table, {config.model.name: config})
         assert "came aligned, and this needs an unaligned model" in output.note
+
+
+@pytest.mark.parametrize("name", ARTEFACTS)
+def test_models_stand_below_each_other(lively_table, lively_lab, outputs, name):
+    """A block of the table, or all panels once more, for each; what is said of both stands once."""
+    config, alone = lively_lab.config, outputs[name]
+    second = lively_table.assign(model="second")
+    table = pd.concat([lively_table, second], ignore_index=True)
+    found = ARTEFACTS[name].view(table, {config.model.name: config, "second": config})
+    assert found.note == alone.note
+    if alone.table is not None:
+        shown = found.table
+        assert shown.columns[0] == "model"
+        if "model" not in alone.table:
+            for model in (config.model.name, "second"):
+                own = shown[shown["model"] == model].drop(columns="model")
+                pd.testing.assert_frame_equal(own.reset_index(drop=True), alone.table)
+    else:
+        assert len(found.figure.axes) == 2 * len(alone.figure.axes)
+        titles = [part.get_suptitle() for part in found.figure.subfigs]
+        assert titles == [config.model.name, "second"]
+        width, height = found.figure.get_size_inches()
+        assert (width, height) == pytest.approx(alone.figure.get_size_inches() * (1, 2) + (0, 0.6))
 
 
 def test_an_unknown_artefact_is_named_with_the_nearest():

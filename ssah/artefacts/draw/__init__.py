@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from typing import cast
 
+import matplotlib.style
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 STYLE = str(Path(__file__).with_name("style.mplstyle"))
+
+
+#: Where a figure is drawn that is part of another one.
+_HOST: ContextVar[SubFigure | None] = ContextVar("host", default=None)
 
 
 class ShownFigure(Figure):
@@ -18,6 +26,32 @@ class ShownFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of that size in inches, or the part of one that :func:`stacked` gives, which takes
+    all that these views do with a figure."""
+    host = _HOST.get()
+    return ShownFigure(figsize=(width, height)) if host is None else cast(Figure, host)
+
+
+def stacked(parts: Mapping[str, Callable[[], Figure]]) -> Figure:
+    """One figure of several below each other, with their names. They are drawn twice, the first
+    time for their sizes."""
+    sizes = [draw().get_size_inches() for draw in parts.values()]
+    title = 0.3  # inches
+    heights = [height + title for _, height in sizes]
+    with matplotlib.style.context(STYLE):
+        whole = ShownFigure(figsize=(max(width for width, _ in sizes), sum(heights)))
+        rows = whole.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for (name, draw), host in zip(parts.items(), rows, strict=True):
+            token = _HOST.set(host)
+            try:
+                draw()
+            finally:
+                _HOST.reset(token)
+            host.suptitle(name, fontweight="bold")
+    return whole
 
 
 #: Okabe-Ito colours: told apart by colour-blind readers; markers and line styles differ as well.

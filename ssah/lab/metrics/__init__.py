@@ -13,6 +13,12 @@ from ..samples import Sample
 from ..specs import Model
 from .behaviour import BEHAVIOUR
 from .direction import DIRECTION
+from .stability import stability
 from .units import UNITS
 
-METRICS: dict[str, Callable[[Lab, Model, str], Sample]] = {**BEHAVIOUR, **UNITS, **DIRECTION}
+METRICS: dict[str, Callable[[Lab, Model, str], Sample]] = {
+    **BEHAVIOUR,
+    **UNITS,
+    **DIRECTION,
+    "stability": stability,
+}

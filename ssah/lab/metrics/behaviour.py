@@ -17,6 +17,7 @@ from ..samples import Counted, Found, LessonLosses, Pooled, Rates, Sample, Tasks
 from ..specs import Model, Train
 from ..stages.answers import PREFIX_JAILBREAK, completions
 from ..stages.lessons import heldout, lesson
+from ..stages.strength import attack_rate, rises
 from ..stages.utility import attack_losses, drift, held_out_texts, task_outcomes
 
 #: Prompts as tables call them -> the set; ASR is of the evaluation prompts where nothing is said.
@@ -63,6 +64,11 @@ def said(lab: Lab, model: Model, on: str) -> list[Completion]:
     if on == PREFIX:
         return completions(lab, model, asked(lab, ""), suffix=PREFIX_JAILBREAK)
     return completions(lab, model, asked(lab, on))
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is the share of some items, in per cent."""
+    return metric in (*VERDICTS, "ASR", "no refusal phrase", "accuracy", CORRECTED)
 
 
 def _judged(count: Callable[[list[Completion]], list[bool]]) -> Callable[[Lab, Model, str], Sample]:
@@ -119,6 +125,14 @@ def _training(lab: Lab, model: Model, on: str) -> Sample:
             "optimizer MiB": (8 * trained / 2**20, record["steps"]),  # two float32 moments
         }
     )
+
+
+def _strength(lab: Lab, model: Model, on: str) -> Sample:
+    """At which rate the attacks are, and by how many points of ASR each that was tried raised that
+    of the search prompts."""
+    prompts, found = len(lab.rows(PROMPTS["search"])), rises(lab)
+    tried = {f"rise at rate {rate:g}": (rise, prompts) for rate, rise in found.items()}
+    return Counted({"attack rate": (attack_rate(lab), len(found)), **tried})
 
 
 #: Answered, as a judge without errors would find it.
@@ -196,4 +210,5 @@ BEHAVIOUR: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "accuracy": _accuracy,
     "drift": _drift,
     "training": _training,
+    "strength": _strength,
 }

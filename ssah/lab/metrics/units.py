@@ -13,7 +13,7 @@ from ...units.layout import UnitLayout
 from ...units.roles import GROUPS, Roles, transfer
 from ..lab import Lab
 from ..samples import Counted, Found, Sample
-from ..specs import GIVEN, Ablate, Model, Train
+from ..specs import GIVEN, Ablate, Model, Patch, Train
 from ..stages.units import Rule, roles, roles_after, shares, trials, utility_roles
 
 #: Which units a count is of, by the name that it has in tables.
@@ -34,7 +34,7 @@ BEFORE_ALIGNMENT = {"UU": "CU", "RU": "RU"}
 def _units(lab: Lab, model: Model, on: str) -> Sample:
     """How much the arm is about: per cent of units and of weights, heads and neurons."""
     step = model.step
-    mask = step.mask if isinstance(step, Ablate) else None
+    mask = step.mask if isinstance(step, (Ablate, Patch)) else None
     if isinstance(step, Train):
         mask = step.part.freeze if step.part.freeze is not None else step.part.train
     layout = lab.layout if mask is None else lab.layout_of(mask.unit_kind)

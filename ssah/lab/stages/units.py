@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +16,12 @@ from ...core.store import Handle
 from ...data.rows import Row
 from ...evaluate import judges
 from ...evaluate.judges import attack_success
-from ...scoring.attribution import ActivationStatistics, collect_statistics, unit_scores
+from ...scoring.attribution import (
+    ActivationStatistics,
+    collect_statistics,
+    sample_activations,
+    unit_scores,
+)
 from ...scoring.conflict import gradient_conflict
 from ...scoring.search import Effect, Trial, search_share
 from ...scoring.settings import VarianceOver
@@ -36,6 +42,10 @@ from .utility import perplexity_ratio
 Purpose = Literal["safety", "utility"]
 Scores = dict[str, Tensor]
 Rule = Literal["thresholds", "quantiles"]
+
+#: Parts of the sampled sets that units can be scored on: half as many prompts, or harmful ones of
+#: the largest category alone.
+HALF, CATEGORY = PARTS = "half the samples", "one harm category"
 
 _SOURCES = {"safety": "harmful_attribution", "utility": "benign_attribution"}
 
@@ -69,6 +79,37 @@ def _statistics(
     found.save(folder / "statistics.safetensors")
 
 
+@stage("activations", version=1)
+def _activations(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    rows: tuple[Row, ...],
+    answers: Handle,
+    config: dict[str, Any],
+    count: int,
+) -> None:
+    """``activations.safetensors``: of all units, at random tokens of a model's answers."""
+    attribution = AttributionConfig(**config)
+    batches = list(
+        dialogue_batches(_encoded(lab, rows, answers, attribution), attribution.batch_size)
+    )
+    with lab.use(model) as loaded:
+        found = sample_activations(loaded, lab.layout, batches, count, lab.seed)
+    save_file(found, folder / "activations.safetensors")
+
+
+#: Tokens that units are resampled from.
+RESAMPLED = 512
+
+
+def activations(lab: Lab) -> Handle:
+    """What the aligned model's units say at random tokens of its answers to harmless prompts."""
+    rows, said = _own_answers(lab, "utility", lab.aligned)
+    config = dataclasses.asdict(lab.config.attribution)
+    return _activations(lab, lab.aligned, rows, said, config, RESAMPLED)
+
+
 @stage("scores", version=2)
 def _scores(
     lab: Lab, folder: Path, model: Model, statistics: Sequence[Handle], unit_kind: UnitKind
@@ -82,12 +123,19 @@ def _scores(
 
 
 def _own_answers(
-    lab: Lab, purpose: Purpose, author: Model, resample: int
+    lab: Lab, purpose: Purpose, author: Model, resample: int = 0, part: str = ""
 ) -> tuple[tuple[Row, ...], Handle]:
-    """Prompts of a sampled set and what a model says to them; ``resample`` draws others."""
+    """Prompts of a sampled set and what a model says to them; ``resample`` draws others, and
+    ``part`` fewer (:data:`PARTS`)."""
     config, source = lab.config.attribution, _SOURCES[purpose]
     drawn = f"{source}#{resample}" if resample else source
-    rows = lab.draw(drawn, lab.rows(source), config.samples)
+    pool, count = lab.rows(source), config.samples
+    if part == HALF:
+        count //= 2
+    elif part == CATEGORY and purpose == "safety":
+        (largest, _), *_ = Counter(row.category for row in pool).most_common(1)
+        pool = tuple(row for row in pool if row.category == largest)
+    rows = lab.draw(drawn, pool, min(count, len(pool)) if part else count)
     return rows, answers_to(lab, author, rows, config.max_response_tokens)
 
 
@@ -107,24 +155,25 @@ def statistics(
     model: Model | None = None,
     author: Model | None = None,
     resample: int = 0,
+    part: str = "",
     **changes: Any,
 ) -> Handle:
     """Activation statistics of a model (the aligned one) on an author's answers to a sampled set:
     the aligned model's, which for the safety set are its refusals. ``changes`` replace settings
     of ``attribution``."""
     model, author = model or lab.aligned, author or lab.aligned
-    rows, said = _own_answers(lab, purpose, author, resample)
+    rows, said = _own_answers(lab, purpose, author, resample, part)
     config = dataclasses.asdict(dataclasses.replace(lab.config.attribution, **changes))
     return _statistics(lab, model, rows, said, config, label=purpose)
 
 
 def scores(
-    lab: Lab, model: Model | None = None, resample: int = 0, **changes: Any
+    lab: Lab, model: Model | None = None, resample: int = 0, part: str = "", **changes: Any
 ) -> tuple[Scores, Scores]:
     """I_S and I_U of a model's units by block, ``[units]``, on the aligned model's answers."""
     kind = changes.get("unit_kind", lab.config.attribution.unit_kind)
     found = [
-        statistics(lab, purpose, model, None, resample, **changes)
+        statistics(lab, purpose, model, None, resample, part, **changes)
         for purpose in ("safety", "utility")
     ]
     run = _scores(lab, model or lab.aligned, found, kind)
@@ -286,7 +335,7 @@ def _conflict(
 
 def conflict(lab: Lab, learned: Lesson) -> Scores:
     """How much a first step on a lesson would hurt the aligned model's refusals, by unit."""
-    rows, refusals = _own_answers(lab, "safety", lab.aligned, 0)
+    rows, refusals = _own_answers(lab, "safety", lab.aligned)
     config = dataclasses.asdict(lab.config.attribution)
     size = lab.config.finetune.micro_batch_size
     run = _conflict(lab, lab.aligned, learned, rows, refusals, config, size)

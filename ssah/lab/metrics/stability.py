@@ -1,0 +1,81 @@
+"""How far the groups are the same ones where they are found in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from ...evaluate.stats import Estimate
+from ...scoring.selectors import matched_by
+from ...units.families import BlockKind
+from ...units.mask import UnitMask
+from ...units.roles import classify
+from ..lab import Lab
+from ..samples import Found, Sample
+from ..specs import Model
+from ..stages.units import CATEGORY, HALF, Scores, scores, shares
+from ..units_of import CU6
+from .units import OTHER_PROMPTS
+
+#: ``on`` of the comparison with the aligned model of the next seed, and of that with the model
+#: itself after an attack, or whatever else became of it.
+OTHER_SEED, ITSELF = "another seed", "after the attack"
+
+#: As many units as ESU by I_S alone: nothing is subtracted.
+BY_SAFETY = "highest I_S, as ESU"
+
+#: What can be compared, and what is scored for it: model and lab, and on which prompts.
+COMPARISONS: Mapping[str, Callable[[Lab, Model], tuple[Scores, Scores]]] = {
+    OTHER_PROMPTS: lambda lab, model: scores(lab, resample=1),
+    HALF: lambda lab, model: scores(lab, part=HALF),
+    CATEGORY: lambda lab, model: scores(lab, part=CATEGORY),
+    OTHER_SEED: lambda lab, model: scores(Lab(lab.config, lab.store, lab.seed + 1)),
+    ITSELF: lambda lab, model: scores(lab, model),
+}
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Groups found in two ways: units that are in both over units that are in either (IoU), and
+    what that would be if equally many heads and neurons were drawn at random."""
+
+    first: Mapping[str, UnitMask]
+    second: Mapping[str, UnitMask]
+    comparison: str
+
+    def rows(self) -> Found:
+        for name, mask in self.first.items():
+            where = {"set": name, "at": self.comparison}
+            for metric, value in zip(
+                ("overlap", "overlap by chance"), self._of(mask, self.second[name]), strict=True
+            ):
+                counted = Estimate(value, value, value, mask.count())
+                yield {"metric": metric, **where}, counted, None
+
+    def against(self, other: Overlaps) -> Found:
+        raise NotImplementedError("Overlaps are not compared.")
+
+    def _of(self, mask: UnitMask, other: UnitMask) -> Iterator[float]:
+        together, expected = mask.count() + other.count(), 0.0
+        for kind in get_args(BlockKind):
+            units = (mask | ~mask).count(kind)
+            expected += mask.count(kind) * other.count(kind) / units
+        for shared in ((mask & other).count(), expected):
+            yield shared / (together - shared) if together else 0.0
+
+
+def _groups(lab: Lab, found: tuple[Scores, Scores]) -> dict[str, UnitMask]:
+    """The groups at the shares of the search, ESU with the top of CU, and the units of the highest
+    I_S."""
+    kinds = lab.config.roles.redundant_kinds
+    roles = classify(lab.layout, *found, shares(lab), kinds)  # type: ignore[arg-type]
+    masks = {group: roles.mask(group) for group in ("ESU", "EUU", "RU")}
+    masks[CU6] = roles.select("ESU", "CU:6%")
+    return masks | {BY_SAFETY: matched_by(lab.layout, masks["ESU"], found[0])}
+
+
+def stability(lab: Lab, model: Model, on: str) -> Sample:
+    """The aligned model's groups, and those that are found in another way."""
+    first, second = (_groups(lab, found) for found in (scores(lab), COMPARISONS[on](lab, model)))
+    return Overlaps(first, second, on)
