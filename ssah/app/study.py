@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -131,7 +132,7 @@ class Study:
         return {
             "profile": self.config.name,
             "model": self.config.model.name,
-            "overrides": " ".join(self.overrides),
+            "overrides": shlex.join(self.overrides),
             "config": digest(asdict(self.config))[:10],
         }
 
