@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..lab import catalogue
 from ..lab.arms import Arm
@@ -19,9 +16,12 @@ from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import RU
 from . import Output
-from .draw import COLOURS, STYLE, new_figure
+from .draw import COLOURS, new_figure, styled
 from .freezing import name_of
 from .pick import arms_of, estimate, filled, format_estimate, paper_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: How comparisons are called.
 GIVEN_MODEL, WHOLE, RANDOM = "unaligned", "all units", "random"
@@ -182,7 +182,7 @@ def fig_budget(table: pd.DataFrame, config: Config) -> Output:
         "instructions: is a model that was aligned through fewer units easier to break? 95 % "
         "intervals, seeds pooled." + _which_seeds(table)
     )
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(10, 2.5 + 0.3 * len(arms))
         left, right = output.figure.subplots(1, 2)
         _draw_bargain(left, table, arms)
@@ -215,6 +215,8 @@ def _draw_bargain(axes: Axes, table: pd.DataFrame, arms: list[dict[str, Any]]) -
         point = (x.value, y.value)
         axes.annotate(str(number), point, (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="drift on benign prompts, nats per token", ylabel="ASR, %", xscale="log")
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())

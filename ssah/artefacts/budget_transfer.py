@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
 
@@ -16,7 +15,7 @@ from ..lab.units_of import RU
 from ..units.roles import GROUPS
 from . import Output
 from .alignment import no_pair
-from .draw import STYLE, new_figure
+from .draw import new_figure, styled
 from .draw.flows import draw_flow, draw_matrix
 from .pick import rows_of
 
@@ -71,7 +70,7 @@ def fig6(table: pd.DataFrame, config: Config) -> Output:
     width = "The width of a flow is the square root of its share."
     output = Output(no_pair(config) or _HOW + width)
     panels = _panels(table, config, "all units", "global")
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(3.4 * len(panels), 3.2)
         row = output.figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, matrix) in zip(row, panels.items(), strict=True):
@@ -94,7 +93,7 @@ def _heat_maps(table: pd.DataFrame, config: Config, scopes: dict[str, str]) -> O
     output = Output(no_pair(config) or _HOW)
     panels = {scope: _panels(table, config, scope, name) for scope, name in scopes.items()}
     columns = len(next(iter(panels.values())))
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(3.4 * columns, 1.9 * len(scopes))
         grid = output.figure.subplots(len(scopes), columns, squeeze=False)
         for row, (scope, found) in zip(grid, panels.items(), strict=True):

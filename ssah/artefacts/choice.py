@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import matplotlib.style
+from typing import TYPE_CHECKING
+
 import pandas as pd
-from matplotlib.axes import Axes
 
 from ..lab import catalogue
 from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
 from . import Output
-from .draw import COLOURS, STYLE, new_figure
+from .draw import COLOURS, new_figure, styled
 from .draw.mirrored import bases
 from .pick import estimate, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Borderline prompts look dangerous and are not.
 QUERIES = ("harmful", "borderline", "benign")
@@ -45,7 +48,7 @@ def fig_margin(table: pd.DataFrame, config: Config) -> Output:
         "probability of the refusal openings alone. Right: the two measures query by query, "
         "aligned model, first seed."
     )
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(11, 3.6)
         left, middle, right = output.figure.subplots(1, 3)
         for base in bases(table, "margin"):
@@ -116,7 +119,7 @@ def fig_readout(table: pd.DataFrame, config: Config) -> Output:
         "labels that are random within either kind, mean over five draws. Bands: 95 % intervals "
         "over queries of both kinds."
     )
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(6.5, 3.6)
         axes = output.figure.subplots()
         for base in bases(table, "AUROC, benign"):

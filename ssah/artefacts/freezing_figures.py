@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import matplotlib.style
+from typing import TYPE_CHECKING
+
 import pandas as pd
-from matplotlib.axes import Axes
 
 from ..lab import catalogue
 from ..lab.catalogue import NOTHING, WIDER
@@ -14,7 +14,7 @@ from ..lab.measure import Measure
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import ALL_CU, CU6
 from . import Output
-from .draw import COLOURS, STYLE, new_figure
+from .draw import COLOURS, new_figure, styled
 from .freezing import (
     BEFORE,
     CONFLICT,
@@ -28,6 +28,9 @@ from .freezing import (
     saved,
 )
 from .pick import arms_of, estimate, pooled, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Colours of the two epochs: the group colours mean something else.
 EPOCH_COLOURS = {1: "#56B4E9", 2: "#CC79A7"}
@@ -67,7 +70,7 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
         )["value"]
         return values.mean(), values.min(), values.max()
 
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(6.5, 3.6)
         axes = output.figure.subplots()
         for epoch, marker in ((1, "o"), (2, "s")):
@@ -137,7 +140,7 @@ def fig_conditions(table: pd.DataFrame, config: Config) -> Output:
         "units; the other rules freeze equally many heads and neurons. measurements.csv says "
         "what share of the weights each arm freezes." + _which_seeds(frozen, full)
     )
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(10, 5)
         left, right = output.figure.subplots(1, 2, width_ratios=(1, 1.1))
         _draw_trade_off(left, frozen[frozen["seed"].isin(full)], wider)

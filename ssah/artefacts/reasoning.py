@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
 import pandas as pd
-from matplotlib.axes import Axes
 
 from ..lab import catalogue
 from ..lab.config import Config
@@ -15,9 +13,12 @@ from ..lab.measure import Measure
 from ..lab.metrics.direction import EVERY, SAME_WORDS, SUBTRACTED
 from ..lab.stages.probes import QUERIES, opening_texts
 from . import Output
-from .draw import STYLE, new_figure
+from .draw import new_figure, styled
 from .draw.mirrored import bases, by_block, draw_blocks, draw_tokens
 from .pick import rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HARMFUL = "harmful"
 
@@ -71,7 +72,7 @@ def ask_fig7(lab: Lab) -> list[Measure]:
 def fig2(table: pd.DataFrame, config: Config) -> Output:
     """Distance to either kind of run by generated token, last block (Fig. 2)."""
     output = Output(_note(" Last block, as the language-model head reads it."))
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(6, 3.6)
         axes = output.figure.subplots()
         draw_tokens(axes, table, "Harmful queries, last block", set=HARMFUL)
@@ -89,7 +90,7 @@ def fig3(table: pd.DataFrame, config: Config) -> Output:
         )
     )
     positions = config.probes.positions
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(11, 3.4)
         panels = output.figure.subplots(1, len(positions), sharey=True, squeeze=False)[0]
         for axes, position in zip(panels, positions, strict=True):
@@ -111,7 +112,7 @@ def fig4(table: pd.DataFrame, config: Config) -> Output:
         )
     )
     subtracted: dict[str, Any] = {"set": HARMFUL + SUBTRACTED}
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(11, 3.6)
         left, middle, right = output.figure.subplots(1, 3)
         draw_tokens(left, table, "Content subtracted, last block", **subtracted)
@@ -145,7 +146,7 @@ def fig7(table: pd.DataFrame, config: Config) -> Output:
             "not free to embed (`data.files.hexphi`)."
         )
     )
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(8, 3.2 * len(found))
         grid = output.figure.subplots(len(found), 2, squeeze=False)
         for (left, right), name in zip(grid, found, strict=True):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from ..lab.config import Config
 from . import Output
 from .draw import stacked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def below_each_other(
@@ -35,7 +37,7 @@ def below_each_other(
 
 
 def _figure_of(make: Callable[[], Output]) -> Callable[[], Figure]:
-    return lambda: cast(Figure, make().figure)
+    return lambda: cast("Figure", make().figure)
 
 
 def _notes(notes: Mapping[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.style
 import pandas as pd
 
 from ..lab import catalogue
@@ -12,7 +11,7 @@ from ..lab.measure import Measure
 from ..lab.metrics.stability import BY_SAFETY, ITSELF, OTHER_SEED
 from ..lab.units_of import CU6
 from . import Output
-from .draw import COLOURS, STYLE, new_figure
+from .draw import COLOURS, new_figure, styled
 from .pick import estimate
 
 _GROUPS = ("ESU", "EUU", "RU", CU6, BY_SAFETY)
@@ -49,7 +48,7 @@ def fig_stability(table: pd.DataFrame, config: Config) -> Output:
         for name in config.experiment.stability
         if estimate(table, "overlap", set="ESU", at=name, **arms.get(name, {})) is not None
     ]
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(8.5, 3.2)
         axes = output.figure.subplots()
         width = 0.8 / max(len(known), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
 
@@ -13,7 +12,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.stages.lessons import MAIN_ATTACK
 from . import Output
-from .draw import COLOURS, STYLE, new_figure
+from .draw import COLOURS, new_figure, styled
 from .pick import arms_of, estimate
 
 _SAFETY = ("ASR", "no refusal phrase", "perplexity", "units")
@@ -62,7 +61,7 @@ def fig_sufficiency(table: pd.DataFrame, config: Config) -> Output:
     attacked = catalogue.ATTACKED_LONGEST | {"epoch": config.finetune.epochs}
     shown = [("aligned, before the attack", {}), ("attacked, nothing patched", attacked)]
     shown += [(units_name(arm["rule"], arm["like"]), arm) for arm in arms]
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(7, 1.1 + 0.32 * len(shown))
         axes = output.figure.subplots()
         for metric, shift, filled in (("ASR", -0.12, True), ("no refusal phrase", 0.12, False)):

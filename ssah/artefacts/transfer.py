@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from ..core.paths import reference_csv
 from ..lab import catalogue
@@ -21,9 +19,12 @@ from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import ALL_CU, CU6
 from ..units.roles import GROUPS
 from . import Output
-from .draw import COLOURS, STYLE, new_figure
+from .draw import COLOURS, new_figure, styled
 from .draw.flows import draw_flow, draw_matrix
 from .pick import rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NOISE = "no fine-tuning, other prompts"
 PAPER = "paper: Llama-2-7B-Chat, Dolly"
@@ -123,7 +124,7 @@ def fig5(table: pd.DataFrame, config: Config) -> Output:
     )
     panels = {name: _matrix(table, name, "all units") for name in _COLUMNS}
     panels[PAPER] = _paper_matrix("fig11", "global")
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(10, 5.4)
         grid = output.figure.subplots(2, 3).flat
         for axes, (name, matrix) in zip(grid, panels.items(), strict=True):
@@ -148,7 +149,7 @@ def _heat_maps(table: pd.DataFrame, artefact: str, scopes: dict[str, str]) -> Ou
         "over seeds."
     )
     shown = (NOISE, f"frozen: {NOTHING}", f"frozen: {CU6}", f"frozen: {ALL_CU}")
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(12, 2.9 * len(scopes))
         grid = output.figure.subplots(len(scopes), len(shown) + 1, squeeze=False)
         for row, (scope, printed) in zip(grid, scopes.items(), strict=True):
@@ -171,7 +172,7 @@ def fig13(table: pd.DataFrame, config: Config) -> Output:
     paper = pd.read_csv(reference_csv())
     printed = paper[paper["artefact"] == "fig13"].set_index("setting")["value"]
     bars[PAPER] = [printed[f"ESU->{group}"] for group in GROUPS]
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(7, 2.8)
         _draw_fates(output.figure.subplots(), bars)
     return output

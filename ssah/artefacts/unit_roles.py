@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.style
 import pandas as pd
 
 from ..lab import catalogue
@@ -11,7 +10,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..units.roles import GROUPS
 from . import Output
-from .draw import COLOURS, SHARES, STYLE, new_figure
+from .draw import COLOURS, new_figure, shares_norm, styled
 from .pick import rows_of
 
 CLAIMED = ("ESU", "EUU", "RU")
@@ -54,7 +53,7 @@ def fig_share_sweep(table: pd.DataFrame, config: Config) -> Output:
     )
     swept = table[(table["method"] == "removed") & table["setting"].str.endswith(" %")]
     swept = swept.assign(share=swept["setting"].str.removesuffix(" %").astype(float))
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(8, 3.4)
         asr, perplexity = output.figure.subplots(1, 2)
         for axes, metric in ((asr, "ASR"), (perplexity, "perplexity")):
@@ -99,7 +98,7 @@ def fig_roles_map(table: pd.DataFrame, config: Config) -> Output:
     )
     import seaborn  # takes a second
 
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(8, 3.6)
         panels = output.figure.subplots(2, 1, sharex=True)
         titles = {"attn": "Attention heads", "mlp": "MLP neurons"}
@@ -107,7 +106,7 @@ def fig_roles_map(table: pd.DataFrame, config: Config) -> Output:
             part = table[(table["set"] == module) & table["metric"].isin(GROUPS)]
             grid = part.pivot_table(index="metric", columns="block", values="value")
             seaborn.heatmap(
-                grid.loc[list(GROUPS)].astype(float), ax=axes, norm=SHARES, cmap="cividis",
+                grid.loc[list(GROUPS)].astype(float), ax=axes, norm=shares_norm(), cmap="cividis",
                 cbar=False,
             )  # fmt: skip
             axes.grid(False)

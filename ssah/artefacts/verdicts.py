@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
 
@@ -16,7 +15,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import AGREEMENT, CORRECTED
 from . import Output
-from .draw import STYLE, new_figure
+from .draw import new_figure, styled
 from .pick import arms_of, estimate, format_estimate
 
 #: Answered comes first, so that its bar and its corrected share start at the same place; a hatch
@@ -50,7 +49,7 @@ def fig_verdicts(table: pd.DataFrame, config: Config) -> Output:
     )
     arms = arms_of(table[table["metric"] == CORRECTED])
     names = [_name(arm) for arm in arms]
-    with matplotlib.style.context(STYLE):
+    with styled():
         output.figure = new_figure(8, 1 + 0.24 * len(arms))
         axes = output.figure.subplots()
         left = np.zeros(len(arms))

@@ -226,7 +226,7 @@ def test_an_executed_copy_holds_results_and_no_traces_of_the_run(project):
 
 
 def test_figures_are_shown_as_images(project):
-    code = "from ssah.artefacts.draw import ShownFigure\nShownFigure(figsize=(1, 1))"
+    code = "from ssah.artefacts.draw import new_figure\nnew_figure(1, 1)"
     write_notebook(project, "tiny", code)
     notebook = nbformat.read(execute("tiny", project / "results", "smoke"), as_version=4)
     assert "image/png" in notebook.cells[-1].outputs[0].data

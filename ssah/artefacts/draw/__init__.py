@@ -1,16 +1,17 @@
-"""What figures share: style and colours."""
+"""What figures share: style and colours. Nothing of matplotlib is imported before something is
+drawn: a plan needs these modules as well."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import matplotlib.style
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure, SubFigure
+if TYPE_CHECKING:
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure, SubFigure
 
 STYLE = str(Path(__file__).with_name("style.mplstyle"))
 
@@ -19,20 +20,20 @@ STYLE = str(Path(__file__).with_name("style.mplstyle"))
 _HOST: ContextVar[SubFigure | None] = ContextVar("host", default=None)
 
 
-class ShownFigure(Figure):
-    """A figure that notebooks display by itself, without pyplot's global state."""
+def styled() -> AbstractContextManager[None]:
+    """A block in which figures have the style of this project."""
+    import matplotlib.style
 
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
+    return matplotlib.style.context(STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of that size in inches, or the part of one that :func:`stacked` gives, which takes
     all that these views do with a figure."""
+    from .figure import ShownFigure
+
     host = _HOST.get()
-    return ShownFigure(figsize=(width, height)) if host is None else cast(Figure, host)
+    return ShownFigure(figsize=(width, height)) if host is None else cast("Figure", host)
 
 
 def stacked(parts: Mapping[str, Callable[[], Figure]]) -> Figure:
@@ -41,8 +42,8 @@ def stacked(parts: Mapping[str, Callable[[], Figure]]) -> Figure:
     sizes = [draw().get_size_inches() for draw in parts.values()]
     title = 0.3  # inches
     heights = [height + title for _, height in sizes]
-    with matplotlib.style.context(STYLE):
-        whole = ShownFigure(figsize=(max(width for width, _ in sizes), sum(heights)))
+    with styled():
+        whole = new_figure(max(width for width, _ in sizes), sum(heights))
         rows = whole.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
         for (name, draw), host in zip(parts.items(), rows, strict=True):
             token = _HOST.set(host)
@@ -64,5 +65,10 @@ COLOURS = {
     "random": "#000000",
 }
 
-#: Colours of percentages: a square-root scale keeps about one per cent visible beside a hundred.
-SHARES = PowerNorm(0.5, vmin=0, vmax=100)
+
+def shares_norm() -> PowerNorm:
+    """Of the colours of percentages: a square-root scale keeps about one per cent visible beside a
+    hundred."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, vmin=0, vmax=100)

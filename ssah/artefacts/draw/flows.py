@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
 
 from ...units.roles import GROUPS
-from . import COLOURS, SHARES
+from . import COLOURS, shares_norm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.path import Path
 
 
 def draw_flow(
@@ -21,6 +23,8 @@ def draw_flow(
     after: Sequence[str] = GROUPS,
 ) -> None:
     """Groups as bars at both sides, flows as bands between them: ``[before, after]`` per cent."""
+    from matplotlib.patches import PathPatch
+
     width = np.sqrt(matrix)
     gap = 0.6
     starts = [_stack(width.sum(axis), gap) for axis in (1, 0)]
@@ -52,6 +56,8 @@ def _stack(heights: np.ndarray, gap: float) -> np.ndarray:
 
 def _band(left: float, right: float, width: float) -> Path:
     """A band of constant width from ``left`` at x=0 to ``right`` at x=1."""
+    from matplotlib.path import Path
+
     upper = [(0, left), (0.5, left), (0.5, right), (1, right)]
     lower = [(1, right + width), (0.5, right + width), (0.5, left + width), (0, left + width)]
     codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
@@ -69,7 +75,7 @@ def draw_matrix(
     import seaborn  # takes a second
 
     seaborn.heatmap(
-        matrix, ax=axes, norm=SHARES, cmap="cividis", square=True, cbar=False,
+        matrix, ax=axes, norm=shares_norm(), cmap="cividis", square=True, cbar=False,
         annot=True, fmt=".2f", annot_kws={"fontsize": 7}, xticklabels=after, yticklabels=before,
     )  # fmt: skip
     axes.grid(False)

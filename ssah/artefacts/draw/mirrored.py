@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 
 from ...lab.metrics.direction import EVERY
 from ..pick import pooled, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Dark and light, so that they differ in grey as well; the light one is hatched.
 TO_REFUSAL, TO_ANSWER = "#0072B2", "#F0A830"
@@ -24,6 +25,8 @@ def bases(table: pd.DataFrame, metric: str) -> list[str]:
 
 def _mirrored(axes: Axes, models: Sequence[str]) -> None:
     """Labels of a panel with the aligned model above the axis and the unaligned one below."""
+    from matplotlib.ticker import FuncFormatter
+
     axes.axhline(0, color="black", lw=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
     span = max(abs(bound) for bound in axes.get_ylim())
