@@ -153,9 +153,10 @@ def merge(folders: Sequence[Path], target: Path) -> None:
             shown = pd.concat([pd.read_csv(part) for part in parts])
             write_output(study, artefact, same_subjects(whole, typed(shown)))
     write_table(whole, target)
-    report.write_reports(target)
     if publishing:
-        report.refresh_texts()
+        report.refresh_published()
+    else:
+        report.write_reports(target)
 
 
 def assets(*, fetch_all: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,7 +25,7 @@ from ...scoring.attribution import (
 from ...scoring.conflict import gradient_conflict
 from ...scoring.search import Effect, Trial, search_share
 from ...scoring.settings import VarianceOver
-from ...text.batches import dialogue_batches
+from ...text.batches import Batch, dialogue_batches
 from ...text.chat import encode_dialogue
 from ...text.settings import Tokens
 from ...units.families import BlockKind, UnitKind
@@ -65,13 +65,7 @@ def _statistics(
 ) -> None:
     """``statistics.safetensors``: activation statistics on some prompts and answers to them."""
     attribution = AttributionConfig(**config)
-    pairs = _encoded(lab, rows, answers, attribution)
-    batches = dialogue_batches(
-        pairs,
-        attribution.batch_size,
-        tokens=cast(Tokens, attribution.tokens),
-        drop_first=attribution.drop_first,
-    )
+    batches = _batches(lab, rows, answers, attribution)
     layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
     with lab.use(model) as loaded:
         over = cast(VarianceOver, attribution.variance_over)
@@ -90,10 +84,7 @@ def _activations(
     count: int,
 ) -> None:
     """``activations.safetensors``: of all units, at random tokens of a model's answers."""
-    attribution = AttributionConfig(**config)
-    batches = list(
-        dialogue_batches(_encoded(lab, rows, answers, attribution), attribution.batch_size)
-    )
+    batches = list(_batches(lab, rows, answers, AttributionConfig(**config)))
     with lab.use(model) as loaded:
         found = sample_activations(loaded, lab.layout, batches, count, lab.seed)
     save_file(found, folder / "activations.safetensors")
@@ -147,6 +138,18 @@ def _encoded(
         encode_dialogue(lab.tokenizer, row.prompt, text, max_response_tokens=limit)
         for row, text in zip(rows, answers.json("answers.json"), strict=True)
     ]
+
+
+def _batches(
+    lab: Lab, rows: Sequence[Row], answers: Handle, config: AttributionConfig
+) -> Iterator[Batch]:
+    """Prompts and answers as they are read for attribution, with the tokens that count."""
+    return dialogue_batches(
+        _encoded(lab, rows, answers, config),
+        config.batch_size,
+        tokens=cast(Tokens, config.tokens),
+        drop_first=config.drop_first,
+    )
 
 
 def statistics(
