@@ -21,6 +21,7 @@ from .metrics.behaviour import CONDITIONS, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.lessons import ATTACKS, MAIN_ATTACK
+from .stages.strength import attack_rate
 from .stages.units import (
     activations,
     classified,
@@ -61,11 +62,6 @@ def check(lab: Lab) -> None:
             if name not in valid:
                 known = suggestion(name, list(valid))
                 raise SsahError(f"experiment.{key}: there is no '{name}'{known}")
-    if lab.config.finetune.rates and any(LOWER in name for name in experiment.conditions):
-        raise SsahError(
-            f"experiment.conditions: '{LOWER}' is a part of finetune.learning_rate, which "
-            "finetune.rates replaces: leave one of them out."
-        )
     for name in (*frozen, *experiment.patched):
         if name not in RULES or name in experiment.patched:
             selection(name)
@@ -182,9 +178,11 @@ def fine_tuned(
     setting: str = "",
     base: Callable[[], Model] | None = None,
     epochs: int | None = None,
+    rate: float = 1.0,
     **changes: Any,
 ) -> list[Arm]:
-    """An arm for each epoch of a fine-tuning that freezes some units, or none."""
+    """An arm for each epoch of a fine-tuning that freezes some units, or none; ``rate`` is a part
+    of the attack's learning rate."""
     length = epochs or lab.config.finetune.epochs
     if epochs is not None:
         changes["epochs"] = epochs
@@ -193,6 +191,8 @@ def fine_tuned(
     def trained() -> Model:
         part = Part(freeze=mask()) if mask is not None else EVERYTHING
         start = base() if base is not None else lab.aligned
+        if rate != 1:
+            changes["learning_rate"] = rate * attack_rate(lab)
         return start.trained(attack, part, **changes)
 
     return [
@@ -423,11 +423,10 @@ def _all_conditions(lab: Lab) -> list[Arm]:
         for rule in ("random", *ranked, "gradient conflict")
     ]
     arms.append(arm("all heads", lambda: everything(lab, "heads")))
-    rate = lab.config.finetune.learning_rate
-    for setting, changes in (
-        ("embeddings trained", {"train_embeddings": True}),
-        (LOWER, {"learning_rate": rate * 0.4}),
-    ):
+    unusual: dict[str, dict[str, Any]] = {
+        "embeddings trained": {"train_embeddings": True}, LOWER: {"rate": 0.4},
+    }  # fmt: skip
+    for setting, changes in unusual.items():
         arms.append(arm(NOTHING, None, setting, **changes))
         arms.append(arm(CU6, narrow, setting, **changes))
 
