@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.valid import require_finite
 from ..text.batches import Batch
 from ..units.layout import UnitLayout
 from .gradients import summed_gradients
@@ -36,7 +35,4 @@ def gradient_conflict(
     """
     step = summed_gradients(model, layout, training)
     hurt = summed_gradients(model, layout, safety)
-    for name in hurt:
-        for gradient in (step[name], hurt[name]):
-            require_finite(gradient, f"the gradient of {name}")
     return layout.totals({name: -hurt[name] * step[name].sign() for name in hurt})

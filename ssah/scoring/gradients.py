@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..core.valid import require_finite
 from ..text.batches import Batch
 from ..text.forward import scored_logits
 from ..units.layout import UnitLayout
@@ -22,7 +23,8 @@ def summed_gradients(
     """Gradients of the summed loss for every weight of the layout, float32 on the CPU.
 
     By parameter, of its shape; ``squared`` adds up the squares of each batch's gradient instead.
-    The losses are of the counted tokens. The model is left as it was.
+    The losses are of the counted tokens. The model is left as it was. Raises ``ValueError`` where a
+    gradient is not finite.
     """
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     was_training = model.training
@@ -41,6 +43,8 @@ def summed_gradients(
         model.train(was_training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
+    for name, gradient in total.items():
+        require_finite(gradient, f"the gradient of {name}")
     return {name: gradient.cpu() for name, gradient in total.items()}
 
 

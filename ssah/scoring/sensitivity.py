@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..core.errors import InvalidValueError
-from ..core.valid import require_finite
 from ..text.batches import Batch
 from ..units.layout import UnitLayout
 from .gradients import summed_gradients
@@ -28,7 +27,6 @@ def expected_impact(
     them. Raises ``ValueError`` where a gradient is not finite.
     """
     slopes = summed_gradients(model, layout, refusals)
-    _require_finite(slopes)
     spread = {name: float(model.get_parameter(name).detach().float().std()) for name in slopes}
     return layout.totals({name: spread[name] * slope.abs() for name, slope in slopes.items()})
 
@@ -44,7 +42,6 @@ def fisher_information(
     a gradient is not finite.
     """
     squares = summed_gradients(model, layout, map(_of_one_text, refusals), squared=True)
-    _require_finite(squares)
     return layout.totals(squares)
 
 
@@ -55,8 +52,3 @@ def _of_one_text(batch: Batch) -> Batch:
             "the sum of their squares, so give them one by one."
         )
     return batch
-
-
-def _require_finite(gradients: dict[str, Tensor]) -> None:
-    for name, gradient in gradients.items():
-        require_finite(gradient, f"the gradient of {name}")
