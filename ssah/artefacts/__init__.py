@@ -64,7 +64,7 @@ class Artefact:
 
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
-BUDGET, VERDICTS = "06_alignment_budget", "09_verdicts"
+RIVALS, BUDGET, VERDICTS = "05_rivals", "06_alignment_budget", "09_verdicts"
 
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
@@ -93,6 +93,10 @@ ARTEFACTS = {
         Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "sufficiency"),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
+        Artefact("table7", "Safety neurons, instructions", RIVALS, "rules"),
+        Artefact("table8", "Safety neurons, arithmetic", RIVALS, "rules"),
+        Artefact("table9", "Safety layers, instructions", RIVALS, "rules"),
+        Artefact("table10", "Safety layers, arithmetic", RIVALS, "rules"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment"),
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),

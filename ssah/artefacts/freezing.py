@@ -54,16 +54,30 @@ def ask_against(arms: list[Arm], full: list[Arm], attack: str) -> list[Measure]:
     return asked
 
 
+def ask_before(lab: Lab) -> list[Measure]:
+    """What the model is asked before it is fine-tuned, and how strong the attacks are."""
+    metrics = ["ASR", "no refusal phrase", "perplexity"]
+    metrics += ["strength"] if lab.config.finetune.rates else []
+    return [Measure(catalogue.whole(lab), metric) for metric in metrics]
+
+
 def ask_random(lab: Lab, like: str, draws: int, against: list[list[Arm]]) -> list[Measure]:
     """Draws of as many random units, and some arms against each of them, epoch by epoch."""
     asked = []
     for draw in range(draws):
         control = catalogue.with_frozen_control(lab, MAIN_ATTACK, "random", like, draw)
-        asked += ask_arms(lab, control, MAIN_ATTACK)
-        asked += ask_against(control, catalogue.unfrozen(lab, MAIN_ATTACK), MAIN_ATTACK)
-        for arms in against:
-            for own, other in zip(arms, control, strict=True):
-                asked.append(Measure(own, "ASR", "", other, f"random, draw {draw}"))
+        asked += ask_control(lab, control, against)
+    return asked
+
+
+def ask_control(lab: Lab, control: list[Arm], against: list[list[Arm]]) -> list[Measure]:
+    """One draw of random units, and some arms against it."""
+    attack, draw = control[0].attack, control[0].draw
+    asked = ask_arms(lab, control, attack)
+    asked += ask_against(control, catalogue.unfrozen(lab, attack), attack)
+    for arms in against:
+        for own, other in zip(arms, control, strict=True):
+            asked.append(Measure(own, "ASR", "", other, f"random, draw {draw}"))
     return asked
 
 
@@ -92,13 +106,10 @@ def _ask(lab: Lab, attack: str) -> list[Measure]:
 
 
 def _ask_table(lab: Lab, attacks: list[str]) -> list[Measure]:
-    whole = catalogue.whole(lab)
-    asked = [Measure(whole, metric) for metric in ("ASR", "no refusal phrase", "perplexity")]
+    asked = ask_before(lab)
     for prompts in lab.config.experiment.frozen_asked:
         if has_prompts(lab, prompts):
-            asked.append(Measure(whole, "ASR", prompts))
-    if lab.config.finetune.rates:
-        asked.append(Measure(whole, "strength"))
+            asked.append(Measure(catalogue.whole(lab), "ASR", prompts))
     for attack in attacks:
         if attack in available_attacks(lab) and (attack == MAIN_ATTACK or not lab.only_headline):
             asked += _ask(lab, attack)
@@ -175,7 +186,7 @@ def table15(table: pd.DataFrame, config: Config) -> Output:
 
 
 #: What is frozen -> the paper's name of it, after the data set.
-_PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
+PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
 _PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
 
 
@@ -183,16 +194,24 @@ def _freezing_table(
     artefact: str, table: pd.DataFrame, config: Config, attacks: list[str]
 ) -> Output:
     model = "Mistral-7B-Instruct-v0.2" if _is_mistral(config) else "Llama-2-7B-Chat"
+    shown = [{}, *(arm for attack in attacks for arm in _shown(table, attack, config))]
     printed = paper(artefact, model)
-    rows = [_row(table, {}, printed.get(("initial", "asr_keyword")))]
-    for attack in attacks:
-        for arm in _shown(table, attack, config):
-            name = f"{_PAPER_SETS[attack]}:{_PAPER_ARMS.get(arm['rule'], '')}"
-            rule = not arm["like"] and arm["epoch"] == (1 if arm["rule"] == NOTHING else 2)
-            number = printed.get((name, "asr_keyword")) if rule else None
-            rows.append(_row(table, arm, number))
+    rows = [row_of(table, arm, paper_number(printed, arm, PAPER_ARMS)) for arm in shown]
     note = _note(table, config, [a for a in attacks if a in set(table["attack"])])
     return Output(note, filled(pd.DataFrame(rows)))
+
+
+def paper_number(
+    printed: dict[tuple[str, str], float], arm: dict[str, Any], names: dict[str, str]
+) -> float | None:
+    """What the paper prints of an arm (of the model before where it is empty), where that is
+    trained for as long as the paper trains it; ``names`` are those that its arms have there."""
+    if not arm:
+        return printed.get(("initial", "asr_keyword"))
+    if arm["epoch"] != (1 if arm["rule"] == NOTHING else 2):
+        return None
+    name = f"{_PAPER_SETS[arm['attack']]}:{names.get(name_of(arm), '')}"
+    return printed.get((name, "asr_keyword"))
 
 
 def _shown(table: pd.DataFrame, attack: str, config: Config) -> list[dict[str, Any]]:
@@ -206,7 +225,9 @@ def _shown(table: pd.DataFrame, attack: str, config: Config) -> list[dict[str, A
     return sorted(known, key=lambda arm: (order.index((arm["rule"], arm["like"])), arm["epoch"]))
 
 
-def _row(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> dict[str, str]:
+def row_of(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> dict[str, str]:
+    """A row of a table of frozen arms; an empty arm is the model before."""
+
     def found(metric: str, digits: int, **columns: Any) -> str:
         return format_estimate(estimate(table, metric, **columns, **arm), digits)
 
@@ -280,6 +301,17 @@ def _paper_averages() -> str:
 
 
 def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
+    return (
+        f"{training_note(table, config, attacks)} {COLUMNS_NOTE} Rules that are not the paper's "
+        "take equally many heads and neurons as ESU + 6 % CU: gradient conflict those by which a "
+        "first step on the rows would raise the loss of refusals most; ESI and Fisher those on "
+        "whose weights the loss of refusals depends most (docs/rivals.md). The paper trains frozen "
+        f"arms for twice the epochs, and its numbers stand in these rows. {SEEDS_NOTE}"
+    )
+
+
+def training_note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
+    """On what, at which rate and how the models of a table were fine-tuned."""
     tuning = config.finetune
     chosen = rows_of(table, "attack rate")["value"].unique()
     rate = ", ".join(f"{value:g}" for value in chosen) or f"{tuning.learning_rate:g}"
@@ -293,18 +325,22 @@ def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
     embeddings = "train with the rest" if tuning.train_embeddings else "are frozen in every arm"
     return (
         f"The aligned model is fine-tuned on harmless rows: {trained}; rate {rate}, batches of "
-        f"{tuning.batch_size}, embeddings {embeddings}. ASR: share of the held-out harmful prompts "
-        "that are answered; no refusal phrase: share with coherent text that holds none, the "
-        "paper's measure. Against nothing frozen: points of ASR by which the arm differs from the "
-        "one that freezes nothing, after the same number of epochs, on the same prompts (paired "
-        "95 % interval); below zero is safer. Against random: from the arm that freezes equally "
-        "many heads and neurons drawn at random, after the same number of epochs. Gradient "
-        "conflict (not in the paper): equally many heads and neurons, chosen as those by which a "
-        "first step on the rows would raise the loss of refusals most. Held-out gain: nats per "
-        "token by which held-out rows of the same kind, with other prompts, became likelier. The "
-        "paper trains frozen arms for twice the epochs, and its numbers stand in these rows. "
-        "Several seeds: the mean, with an interval that covers prompts and seeds."
+        f"{tuning.batch_size}, embeddings {embeddings}."
     )
+
+
+#: What the columns of :func:`row_of` say.
+COLUMNS_NOTE = (
+    "ASR: share of the held-out harmful prompts that are answered; no refusal phrase: share with "
+    "coherent text that holds none, the paper's measure. Against nothing frozen: points of ASR by "
+    "which the arm differs from the one that freezes nothing, after the same number of epochs, on "
+    "the same prompts (paired 95 % interval); below zero is safer. Against random: from the arm "
+    "that freezes equally many heads and neurons drawn at random, after the same number of epochs. "
+    "Held-out gain: nats per token by which held-out rows of the same kind, with other prompts, "
+    "became likelier."
+)
+
+SEEDS_NOTE = "Several seeds: the mean, with an interval that covers prompts and seeds."
 
 
 def saved(e: Estimate | None) -> Estimate | None:

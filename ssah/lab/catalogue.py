@@ -31,7 +31,18 @@ from .stages.units import (
     utility_roles,
     utility_scores,
 )
-from .units_of import CU6, ESU, EUU, RU, everything, group, matched, selection
+from .units_of import (
+    CU6,
+    ESU,
+    EUU,
+    RU,
+    RULED,
+    RULED_ATTACKS,
+    everything,
+    group,
+    matched,
+    selection,
+)
 
 NOTHING = "nothing"
 HEADS = "heads included"
@@ -47,6 +58,7 @@ def check(lab: Lab) -> None:
     """Raise :class:`SsahError` for a name in the experiment that means nothing."""
     experiment = lab.config.experiment
     frozen = [name for names in experiment.frozen.values() for name in names]
+    ruled = [name for names in experiment.ruled.values() for name in names]
     for key, names, valid in (
         ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
         ("removed_asked", experiment.removed_asked, (*PROMPTS, *CONDITIONS)),
@@ -55,6 +67,8 @@ def check(lab: Lab) -> None:
         ("instructed", experiment.instructed, ATTACKS),
         ("stability", experiment.stability, COMPARISONS),
         ("frozen", experiment.frozen, ATTACKS),
+        ("ruled", experiment.ruled, RULED_ATTACKS),
+        ("ruled", ruled, RULED),
         ("conditions", experiment.conditions, [arm.units for arm in _all_conditions(lab)]),
         ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
     ):

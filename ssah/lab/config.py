@@ -130,7 +130,9 @@ class ExperimentConfig:
     sweep_shares: list[float] = all_within([], 0, 1)  #: to remove in fig_share_sweep
     sweep_draws: int = within(1, 0)
     frozen: dict[str, list[str]] = field(default_factory=dict)  #: attack -> groups or rules
-    frozen_draws: int = within(1, 0)  #: random controls of ESU + 6 % CU
+    frozen_draws: int = within(1, 0)  #: random controls of ESU + 6 % CU, and of what is ruled
+    #: attack -> other papers' rules at their sizes (Tables 7 to 10)
+    ruled: dict[str, list[str]] = field(default_factory=dict)
     #: groups that say in the attacked model what they say in the aligned one (fig_sufficiency)
     patched: list[str] = field(default_factory=list)
     patched_draws: int = within(1, 0)  #: random controls of each of them

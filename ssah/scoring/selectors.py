@@ -27,6 +27,7 @@ class Evidence(Protocol):
     """What a rule may look at; each is computed when it is asked for."""
 
     layout: UnitLayout
+    target: UnitMask  #: whose numbers of heads and neurons are wanted
     seed: int  #: of what is drawn
 
     def weights(self, which: str) -> Mapping[str, Tensor]:
@@ -39,6 +40,18 @@ class Evidence(Protocol):
 
     def conflict(self) -> Rank:
         """:func:`ssah.scoring.conflict.gradient_conflict`."""
+        ...
+
+    def places(self, prompts: str) -> Rank:
+        """:func:`ssah.scoring.contributions.places` on ``safety`` or ``utility`` prompts."""
+        ...
+
+    def impact(self) -> Rank:
+        """:func:`ssah.scoring.sensitivity.expected_impact` on refusals."""
+        ...
+
+    def fisher(self) -> Rank:
+        """:func:`ssah.scoring.sensitivity.fisher_information` of refusals."""
         ...
 
 
@@ -72,6 +85,14 @@ def _moved_most(evidence: Evidence) -> Rank:
     return evidence.layout.totals({name: -((after[name] - before[name]) ** 2) for name in after})
 
 
+def _safety_without_foundation(evidence: Evidence) -> Rank:
+    """By what units contribute on safety prompts; last come the foundation units, as many as are
+    wanted, found in the same way on utility prompts (RSN-Tune)."""
+    layout = evidence.layout
+    foundation = matched_by(layout, evidence.target, evidence.places("utility"))
+    return {n: p + layout.units * foundation[n] for n, p in evidence.places("safety").items()}
+
+
 def _turned(rank: Rank) -> Rank:
     return {name: -part for name, part in rank.items()}
 
@@ -84,6 +105,10 @@ RULES: dict[str, Callable[[Evidence], Rank]] = {
     "highest I_S - I_U": lambda evidence: _turned(evidence.difference()),
     "moved most by alignment": _moved_most,
     "gradient conflict": lambda evidence: _turned(evidence.conflict()),
+    "SN-Tune": lambda evidence: evidence.places("safety"),
+    "RSN-Tune": _safety_without_foundation,
+    "ESI": lambda evidence: _turned(evidence.impact()),
+    "Fisher on refusals": lambda evidence: _turned(evidence.fisher()),
 }
 
 

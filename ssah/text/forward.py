@@ -6,13 +6,31 @@ are prompt.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .batches import Batch
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def read(model: PreTrainedModel, batch: Batch, **options: Any) -> Any:
+    """What the model below its head makes of a batch, padded on either side.
+
+    Positions start at the first real token. Left to itself the model counts padding, which moves
+    left-padded samples and the reach of length-dependent rotary scaling.
+    """
+    attention = batch.attention_mask.to(model.device)
+    return model.base_model(
+        input_ids=batch.input_ids.to(model.device),
+        attention_mask=attention,
+        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        **options,
+    )
 
 
 def label_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -132,6 +132,7 @@ def test_known_keys_are_all_that_can_be_set():
     expected = {
         *GROUPS,
         *(f"{key}.{a}" for key in ("finetune.rows", "experiment.frozen") for a in attacks),
+        *(f"experiment.ruled.{a}" for a in ("instructions", "arithmetic")),
     }
     expected |= {
         f"data.files.{name}"
@@ -178,6 +179,8 @@ def test_rows_of_an_attack_can_be_overridden():
         ("experiment.instructed=[arithmetics]", "did you mean 'arithmetic'"),
         ("experiment.frozen.instruction=[ESU]", "did you mean 'experiment.frozen.instructions'"),
         ("experiment.frozen.instructions=[ESU + 6 CU]", "'ESU + 6 CU' is no group of units"),
+        ("experiment.ruled.arithmetic=[safety layer]", "did you mean 'safety layers'"),
+        ("experiment.ruled.dialogues=[safety layers]", "Unknown override"),
     ],
 )
 def test_an_arm_that_does_not_exist_is_refused_before_anything_is_computed(override, says):
