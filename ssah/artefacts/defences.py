@@ -212,6 +212,14 @@ _PALETTE = (
 )  # fmt: skip
 
 
+def _style(rule: str, config: Config) -> tuple[str, str]:
+    """Marker and colour of a defence, the same in both figures."""
+    if rule in (NOTHING, CU6):
+        return "*", COLOURS["random" if rule == NOTHING else "RU"]
+    place = list(config.experiment.defences).index(rule)
+    return _MARKERS[place % len(_MARKERS)], _PALETTE[place % len(_PALETTE)]
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of (gain, ASR) those that no other one matches in both and beats in one, by gain."""
     return sorted(
@@ -240,14 +248,12 @@ def fig_defences(table: pd.DataFrame, config: Config) -> Output:
         output.figure = new_figure(7.5, 4.4)
         axes = output.figure.subplots()
         for rule, label in ((NOTHING, "none"), (CU6, f"{CU6} frozen")):
-            colour = COLOURS["random" if rule == NOTHING else "RU"]
-            reached += _point(axes, table, _undefended(rule), "*", colour, label)
-        known = measured_arms(table, config, MAIN_ATTACK)
-        for (rule, arms), marker, colour in zip(known.items(), _MARKERS, _PALETTE, strict=False):
+            reached += _point(axes, table, _undefended(rule), _style(rule, config), label)
+        for rule, arms in measured_arms(table, config, MAIN_ATTACK).items():
             for arm in arms:
                 taken = arm["setting"] == choice[rule]
                 label = f"{titled(rule)}, {arm['setting']}" if taken else ""
-                reached += _point(axes, table, arm, marker, colour, label)
+                reached += _point(axes, table, arm, _style(rule, config), label)
         front = pareto(reached)
         axes.plot(*zip(*front, strict=True), "--", color="black", lw=0.9, zorder=1, label="front")
         plain = _gain(table, _undefended(NOTHING))
@@ -259,12 +265,13 @@ def fig_defences(table: pd.DataFrame, config: Config) -> Output:
 
 
 def _point(
-    axes: Axes, table: pd.DataFrame, arm: Columns, marker: str, colour: str, label: str
+    axes: Axes, table: pd.DataFrame, arm: Columns, style: tuple[str, str], label: str
 ) -> list[tuple[float, float]]:
     """Draw an arm, with intervals where it has a label; where it is."""
     gain, asr = _gain(table, arm), estimate(table, "ASR", **arm)
     if gain is None or asr is None:
         return []
+    marker, colour = style
     if label:
         axes.errorbar(
             gain.value, asr.value,
@@ -296,8 +303,8 @@ def fig_defences_steps(table: pd.DataFrame, config: Config) -> Output:
     with styled():
         output.figure = new_figure(9.5, 3.8)
         left, right = output.figure.subplots(1, 2)
-        styles = zip(arms, _MARKERS, ("#000000", COLOURS["RU"], *_PALETTE), strict=False)
-        for place, (arm, marker, colour) in enumerate(styles):
+        for place, arm in enumerate(arms):
+            marker, colour = _style(arm["rule"], config)
             label = titled(arm["rule"]) + (" frozen" if arm["rule"] == CU6 else "")
             asr = {0: estimate(table, "ASR")}
             gain: dict[int, Estimate | None] = {}
@@ -310,7 +317,7 @@ def fig_defences_steps(table: pd.DataFrame, config: Config) -> Output:
                 axes.errorbar(
                     [epoch + shift for epoch, _ in known], [e.value for _, e in known],
                     yerr=np.array([(e.value - e.low, e.high - e.value) for _, e in known]).T,
-                    marker=marker, ms=4.5, color=colour, capsize=2, lw=1.2, elinewidth=0.7,
+                    marker=marker, ms=5, color=colour, capsize=2, lw=1.2, elinewidth=0.7,
                     label=label,
                 )  # fmt: skip
         left.set(xlabel="epochs", ylabel="ASR, %", ylim=(-3, 103))

@@ -109,9 +109,9 @@ def test_units_that_are_frozen_beside_a_defence_keep_their_bits(lab):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("experiment.defences={mixin: [0.1]}", "no 'mixin': did you mean 'mixing'"),
-        ("experiment.defences={mixing: [3.0]}", r"mixing=3.0 is out of range: .*at most 1"),
-        ("experiment.defences={replay: []}", "experiment.defences.replay is empty"),
+        ("+experiment.defences.mixin=[0.1]", "no 'mixin': did you mean 'mixing'"),
+        ("experiment.defences.mixing=[3.0]", r"mixing=3.0 is out of range: .*at most 1"),
+        ("experiment.defences.replay=[]", "experiment.defences.replay is empty"),
         ("experiment.defended_longer=[Lissa]", "no 'Lissa': did you mean 'Lisa'"),
     ],
 )
@@ -159,10 +159,9 @@ def test_jobs_say_what_is_defended(lab):
 def test_nothing_is_asked_where_there_are_no_defences(smoke_lab):
     default = smoke_lab("experiment=default")
     assert all(ARTEFACTS[name].ask(default) == [] for name in IDS)
+    nothing = typed(pd.DataFrame())
     for name in IDS:
-        output = ARTEFACTS[name].view(
-            pd.DataFrame({"model": [], "attack": []}), {"tiny": default.config}
-        )
+        output = ARTEFACTS[name].view(nothing, {"tiny": default.config})
         assert "Not measured here" in output.note
 
 
