@@ -155,7 +155,7 @@ def test_no_units_change_nothing(tiny_model):
 def test_mean_ablation_needs_means(tiny_model):
     layout = UnitLayout.of(tiny_model)
     with (
-        pytest.raises(ValueError, match="needs the activation means"),
+        pytest.raises(ValueError, match="Ablation by 'mean' needs the constants"),
         ablate(tiny_model, layout, some_units(layout), "mean"),
     ):
         pytest.fail("the block must not be entered")
