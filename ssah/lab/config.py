@@ -40,8 +40,7 @@ class ModelConfig:
     accept_terms: bool = False  #: of a model that comes under terms of its makers' own
     #: ``aligning``: only how it is aligned is measured (notebook 06), and it is never attacked.
     use: str = one_of("everything", "everything", "aligning")
-    #: Its ``model_type``: one that is not the paper's main one stands beside Mistral as well (Tables
-    #: 12, 14 and 15).
+    #: Its ``model_type``; what is not of the paper's main family is shown beside Mistral as well.
     family: str = one_of("llama", *FAMILIES)
 
 
