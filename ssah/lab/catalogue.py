@@ -25,6 +25,7 @@ from .stages.strength import attack_rate
 from .stages.units import (
     activations,
     classified,
+    fitted,
     roles,
     shares,
     statistics,
@@ -95,6 +96,12 @@ def unaligned(lab: Lab) -> list[Arm]:
     return [Arm(lambda: GIVEN, "unaligned")] if lab.config.align.enabled else []
 
 
+def pair(lab: Lab) -> list[Arm]:
+    """The aligned model, and what its direction is held against: the unaligned one or, where the
+    model came aligned, itself without its ESU, which differs in these few units alone."""
+    return [whole(lab), *(unaligned(lab) or [without(lab, ESU)])]
+
+
 # --- removed (Table 1) -----------------------------------------------------------------------
 
 
@@ -117,6 +124,7 @@ def _all_removed(lab: Lab) -> list[Arm]:
     arms = [without(lab, name) for name in (ESU, EUU, RU)]
     arms += [without_variation(lab, name) for name in (ESU, EUU, RU)]
     arms += [without_context(lab, name) for name in (ESU, EUU, RU)]
+    arms += [without_harm(lab, name) for name in (ESU, RU)]
     arms += [
         without_control(lab, "largest magnitude", ESU),
         without_control(lab, "smallest magnitude", RU),
@@ -146,6 +154,16 @@ def without_context(lab: Lab, rule: str) -> Arm:
         return lab.aligned.ablated(group(lab, rule), "resample", activations(lab))
 
     return Arm(functools.cache(make), method="removed", rule=rule, setting="resampled")
+
+
+def without_harm(lab: Lab, rule: str) -> Arm:
+    """With the constant in a group's place that does least harm to harmless answers."""
+
+    def make() -> Model:
+        mask = group(lab, rule)
+        return lab.aligned.ablated(mask, "fitted", fitted(lab, mask))
+
+    return Arm(functools.cache(make), method="removed", rule=rule, setting="fitted")
 
 
 def without_control(lab: Lab, rule: str, like: str, draw: int | None = None) -> Arm:

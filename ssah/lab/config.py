@@ -24,7 +24,7 @@ from ..data.settings import DataConfig
 from ..scoring.settings import VarianceOver
 from ..text.settings import Tokens
 from ..training.settings import AlignConfig, TrainingConfig
-from ..units.families import BlockKind, UnitKind
+from ..units.families import FAMILIES, BlockKind, UnitKind
 
 
 @dataclass
@@ -37,6 +37,11 @@ class ModelConfig:
     dtype: str = one_of("float32", "float32", "bfloat16", "float16")
     attn_implementation: str = one_of("sdpa", "sdpa", "eager", "flash_attention_2")
     chat_template: str | None = one_of(None, "chatml")  #: null: the tokenizer's own
+    accept_terms: bool = False  #: of a model that comes under terms of its makers' own
+    #: ``aligning``: only how it is aligned is measured (notebook 06), and it is never attacked.
+    use: str = one_of("everything", "everything", "aligning")
+    #: Its ``model_type``; what is not of the paper's main family is shown beside Mistral as well.
+    family: str = one_of("llama", *FAMILIES)
 
 
 @dataclass

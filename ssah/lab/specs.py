@@ -44,7 +44,8 @@ class Ablate:
 
     mask: UnitMask
     mode: Mode = "zero"
-    source: Handle | None = None  #: of what they say instead: activation statistics, or activations
+    #: of what they say instead: activation statistics, activations, or fitted constants
+    source: Handle | None = None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.valid import require_finite
 from ..text.batches import Batch
-from ..text.forward import scored_logits
+from ..text.forward import counted_loss
 from ..units.layout import UnitLayout
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def summed_gradients(
         chosen = {name: p for name, p in model.named_parameters() if name in wanted}
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
         for batch in batches:
-            found = torch.autograd.grad(_loss(model, batch), list(chosen.values()))
+            found = torch.autograd.grad(counted_loss(model, batch), list(chosen.values()))
             for name, gradient in zip(chosen, found, strict=True):
                 total[name] += gradient.float() ** 2 if squared else gradient
     finally:
@@ -46,11 +46,3 @@ def summed_gradients(
     for name, gradient in total.items():
         require_finite(gradient, f"the gradient of {name}")
     return {name: gradient.cpu() for name, gradient in total.items()}
-
-
-def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Summed cross-entropy of the counted tokens."""
-    ids = batch.input_ids.to(model.device)
-    counted = (batch.counted & batch.attention_mask.bool())[:, 1:].to(model.device)
-    logits = scored_logits(model, ids, batch.attention_mask, counted)
-    return nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="sum")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import Batch
 
@@ -54,6 +54,14 @@ def scored_logits(
         use_cache=False,
     ).last_hidden_state
     return label_logits(model, hidden[:, :-1][scored.to(model.device)])
+
+
+def counted_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Summed cross-entropy of a batch's counted tokens, nats."""
+    ids = batch.input_ids.to(model.device)
+    counted = (batch.counted & batch.attention_mask.bool())[:, 1:].to(model.device)
+    logits = scored_logits(model, ids, batch.attention_mask, counted)
+    return nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="sum")
 
 
 def sum_by_row(values: Tensor, scored: Tensor) -> Tensor:

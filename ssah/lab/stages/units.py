@@ -35,6 +35,7 @@ from ...scoring.settings import VarianceOver
 from ...text.batches import Batch, dialogue_batches
 from ...text.chat import encode_dialogue
 from ...text.settings import Tokens
+from ...training.ablation import fitted_constants
 from ...units.families import BlockKind, UnitKind
 from ...units.mask import UnitMask
 from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
@@ -106,6 +107,35 @@ def activations(lab: Lab) -> Handle:
     rows, said = _own_answers(lab, "utility", lab.aligned)
     config = dataclasses.asdict(lab.config.attribution)
     return _activations(lab, lab.aligned, rows, said, config, RESAMPLED)
+
+
+@stage("fitted", version=1)
+def _fitted(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    mask: UnitMask,
+    statistics: Handle,
+    rows: tuple[Row, ...],
+    answers: Handle,
+    config: dict[str, Any],
+) -> None:
+    """``constants.safetensors``: what some units say at every token where that does least harm."""
+    attribution = AttributionConfig(**config)
+    batches = list(_batches(lab, rows, answers, attribution))
+    found = ActivationStatistics.load(statistics.path("statistics.safetensors"))
+    with lab.use(model) as loaded:
+        layout = lab.layout_of(mask.unit_kind)
+        constants = fitted_constants(loaded, layout, mask, batches, found.mean, found.variance)
+    save_file(constants, folder / "constants.safetensors")
+
+
+def fitted(lab: Lab, mask: UnitMask) -> Handle:
+    """The constants in the place of some units with which the aligned model's own answers to
+    harmless prompts are likeliest."""
+    rows, said = _own_answers(lab, "utility", lab.aligned)
+    config = dataclasses.asdict(lab.config.attribution)
+    return _fitted(lab, lab.aligned, mask, statistics(lab, "utility"), rows, said, config)
 
 
 @stage("scores", version=2)
