@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from ..core.errors import SsahError, suggestion
 from ..scoring.selectors import RULES, Rank, matched_by, sized
@@ -15,9 +13,17 @@ from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
 from .lab import Lab
-from .specs import GIVEN
 from .stages.lessons import lesson
-from .stages.units import Purpose, conflict, fisher, impact, places, roles, safety_layers
+from .stages.units import (
+    Purpose,
+    conflict,
+    fisher,
+    impact,
+    places,
+    roles,
+    safety_layers,
+    weights_of_units,
+)
 
 #: Groups by the name that they have in tables; a percentage is of all units.
 ESU, EUU, RU = "ESU", "EUU", "RU"
@@ -70,10 +76,11 @@ class _Evidence:
         self.layout: UnitLayout = lab.layout
         self.seed = 1000 * lab.seed + draw
 
-    def weights(self, which: str) -> Mapping[str, Tensor]:
-        model = {"aligned": self.lab.aligned, "given": GIVEN}[which]
-        with self.lab.use(model) as loaded:
-            return {n: p.detach().float().cpu() for n, p in loaded.named_parameters()}
+    def magnitude(self) -> Rank:
+        return weights_of_units(self.lab, "magnitude")
+
+    def moved(self) -> Rank:
+        return weights_of_units(self.lab, "moved")
 
     def difference(self) -> Rank:
         return roles(self.lab).difference

@@ -28,7 +28,7 @@ def summed_gradients(
     """
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     was_training = model.training
-    wanted = {part.parameter for block in layout.blocks for part in block.slices}
+    wanted = layout.parameter_names
     try:
         model.eval()  # dropout would add noise
         for name, parameter in model.named_parameters():

@@ -30,8 +30,12 @@ class Evidence(Protocol):
     target: UnitMask  #: whose numbers of heads and neurons are wanted
     seed: int  #: of what is drawn
 
-    def weights(self, which: str) -> Mapping[str, Tensor]:
-        """Parameters of the ``aligned`` or the ``given`` model, float32 on the CPU."""
+    def magnitude(self) -> Rank:
+        """:func:`magnitude` of the aligned model."""
+        ...
+
+    def moved(self) -> Rank:
+        """:func:`moved`, from the given model to the aligned one."""
         ...
 
     def difference(self) -> Rank:
@@ -70,19 +74,12 @@ def magnitude(layout: UnitLayout, weights: Mapping[str, Tensor]) -> Rank:
     return found
 
 
-def _smallest_magnitude(evidence: Evidence) -> Rank:
-    return magnitude(evidence.layout, evidence.weights("aligned"))
-
-
-def _largest_magnitude(evidence: Evidence) -> Rank:
-    """Is any important unit a safety unit?"""
-    return _turned(_smallest_magnitude(evidence))
-
-
-def _moved_most(evidence: Evidence) -> Rank:
-    """By the distance that alignment moved a unit's weights."""
-    before, after = evidence.weights("given"), evidence.weights("aligned")
-    return evidence.layout.totals({name: -((after[name] - before[name]) ** 2) for name in after})
+def moved(
+    layout: UnitLayout, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Squared distance by which a training moved a unit's weights."""
+    moves = {n: after[n].detach().cpu() - before[n].detach().cpu() for n in layout.parameter_names}
+    return layout.totals({name: move.float() ** 2 for name, move in moves.items()})
 
 
 def _safety_without_foundation(evidence: Evidence) -> Rank:
@@ -99,11 +96,11 @@ def _turned(rank: Rank) -> Rank:
 
 RULES: dict[str, Callable[[Evidence], Rank]] = {
     "random": lambda evidence: random_rank(evidence.layout, evidence.seed),
-    "largest magnitude": _largest_magnitude,
-    "smallest magnitude": _smallest_magnitude,
+    "largest magnitude": lambda evidence: _turned(evidence.magnitude()),
+    "smallest magnitude": lambda evidence: evidence.magnitude(),
     "lowest I_S - I_U": lambda evidence: evidence.difference(),
     "highest I_S - I_U": lambda evidence: _turned(evidence.difference()),
-    "moved most by alignment": _moved_most,
+    "moved most by alignment": lambda evidence: _turned(evidence.moved()),
     "gradient conflict": lambda evidence: _turned(evidence.conflict()),
     "SN-Tune": lambda evidence: evidence.places("safety"),
     "RSN-Tune": _safety_without_foundation,

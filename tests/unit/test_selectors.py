@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssah.core.errors import SsahError
 from ssah.lab.units_of import group, matched
-from ssah.scoring.selectors import RULES, matched_by
+from ssah.scoring.selectors import RULES, magnitude, matched_by, moved
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
@@ -28,6 +28,12 @@ class Planted:
 
     def weights(self, which: str) -> dict[str, Tensor]:
         return dict({"given": self.before, "aligned": self.after}[which].named_parameters())
+
+    def magnitude(self) -> dict[str, Tensor]:
+        return magnitude(self.layout, self.weights("aligned"))
+
+    def moved(self) -> dict[str, Tensor]:
+        return moved(self.layout, self.weights("given"), self.weights("aligned"))
 
     def _drawn(self, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -30,6 +30,7 @@ from ...scoring.contributions import contributions
 from ...scoring.contributions import places as places_by
 from ...scoring.safety_layers import angular_gap, last_states, where_it_grows
 from ...scoring.search import Effect, Trial, search_share
+from ...scoring.selectors import magnitude, moved
 from ...scoring.sensitivity import expected_impact, fisher_information
 from ...scoring.settings import VarianceOver
 from ...text.batches import Batch, dialogue_batches
@@ -41,7 +42,7 @@ from ...units.mask import UnitMask
 from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
 from ..config import AttributionConfig, RolesConfig
 from ..lab import Lab
-from ..specs import REFUSALS, Model
+from ..specs import GIVEN, REFUSALS, Model
 from ..stage import stage
 from .answers import answers_to, completions
 from .lessons import Lesson, Pairs, lesson
@@ -380,6 +381,27 @@ def conflict(lab: Lab, learned: Lesson) -> Scores:
     size = lab.config.finetune.micro_batch_size
     run = _conflict(lab, lab.aligned, learned, rows, refusals, config, size)
     return load_file(run.path("conflict.safetensors"))
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@stage("weights", version=1)
+def _weights(
+    lab: Lab, folder: Path, before: Model, after: Model, unit_kind: UnitKind, measure: str
+) -> None:
+    """``weights.safetensors``: a number for each unit, of the weights alone."""
+    layout = lab.layout_of(unit_kind)
+    with lab.use(before) as old, lab.use(after) as new:
+        given, aligned = dict(old.named_parameters()), dict(new.named_parameters())
+        found = moved(layout, given, aligned) if measure == "moved" else magnitude(layout, aligned)
+    save_file(found, folder / "weights.safetensors")
+
+
+def weights_of_units(lab: Lab, measure: Literal["magnitude", "moved"]) -> Scores:
+    """The magnitude of the aligned model's units, or how far the alignment moved them."""
+    run = _weights(lab, GIVEN, lab.aligned, lab.layout.unit_kind, measure)
+    return load_file(run.path("weights.safetensors"))
 
 
 # --- what other papers' rules look at --------------------------------------------------------
