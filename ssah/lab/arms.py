@@ -23,7 +23,7 @@ class Arm:
     base: str = "aligned"  #: or ``unaligned``: what was there before
     method: str = ""  #: of what happens: ``removed``, ``frozen``, ``patched``, ``trained``
     rule: str = ""  #: which units: ``ESU``, ``random`` ...
-    like: str = ""  #: for a control: the rule whose numbers of heads and neurons it has
+    like: str = ""  #: for a control: the rule whose size it has, in heads and neurons or in units
     attack: str = ""  #: what the model was fine-tuned on
     epoch: int = 0  #: of that
     setting: str = ""  #: what is unusual: ``mean``, ``lower rate`` ...
