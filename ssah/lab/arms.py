@@ -24,7 +24,7 @@ class Arm:
     #: of what happens: ``removed``, ``frozen``, ``patched``, ``trained``, ``defended``
     method: str = ""
     rule: str = ""  #: which units: ``ESU``, ``random`` ..., or which defence
-    like: str = ""  #: for a control: the rule whose numbers of heads and neurons it has
+    like: str = ""  #: for a control: the rule whose size it has, in heads and neurons or in units
     attack: str = ""  #: what the model was fine-tuned on
     epoch: int = 0  #: of that
     setting: str = ""  #: what is unusual: ``mean``, ``lower rate`` ...

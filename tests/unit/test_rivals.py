@@ -113,8 +113,8 @@ def test_where_there_are_fewer_cu_than_asked_for_it_is_said(lab):
         esu_and_cu(lab, lab.layout.units)
 
 
-def test_refusals_are_read_once_for_each_rule(lab):
-    target = group(lab, CU6)
+def test_units_on_which_refusals_depend_most_are_taken(lab):
+    target = frozen_by(rivals.ruled(lab, "instructions", "SN-Tune, 6.3 %"))
     for rule, rank in (("ESI", impact(lab)), ("Fisher on refusals", fisher(lab))):
         mask = matched(lab, rule, target)
         for kind in ("attn", "mlp"):
