@@ -65,6 +65,7 @@ class Artefact:
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
 BUDGET, VERDICTS = "06_alignment_budget", "09_verdicts"
+RIVALS = "05_rivals"
 
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
@@ -93,6 +94,7 @@ ARTEFACTS = {
         Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "sufficiency"),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
+        Artefact("table5", "Adapters and safety", RIVALS, "adapters"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment"),
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),

@@ -176,7 +176,7 @@ def table15(table: pd.DataFrame, config: Config) -> Output:
 
 #: What is frozen -> the paper's name of it, after the data set.
 _PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
-_PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
+PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
 
 
 def _freezing_table(
@@ -187,7 +187,7 @@ def _freezing_table(
     rows = [_row(table, {}, printed.get(("initial", "asr_keyword")))]
     for attack in attacks:
         for arm in _shown(table, attack, config):
-            name = f"{_PAPER_SETS[attack]}:{_PAPER_ARMS.get(arm['rule'], '')}"
+            name = f"{PAPER_SETS[attack]}:{_PAPER_ARMS.get(arm['rule'], '')}"
             rule = not arm["like"] and arm["epoch"] == (1 if arm["rule"] == NOTHING else 2)
             number = printed.get((name, "asr_keyword")) if rule else None
             rows.append(_row(table, arm, number))

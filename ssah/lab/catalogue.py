@@ -46,6 +46,7 @@ def check(lab: Lab) -> None:
     """Raise :class:`SsahError` for a name in the experiment that means nothing."""
     experiment = lab.config.experiment
     frozen = [name for names in experiment.frozen.values() for name in names]
+    adapters = [name for names in experiment.adapters.values() for name in names]
     for key, names, valid in (
         ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
         ("removed_asked", experiment.removed_asked, (*PROMPTS, *CONDITIONS)),
@@ -54,6 +55,8 @@ def check(lab: Lab) -> None:
         ("instructed", experiment.instructed, ATTACKS),
         ("stability", experiment.stability, COMPARISONS),
         ("frozen", experiment.frozen, ATTACKS),
+        ("adapters", experiment.adapters, ATTACKS),
+        ("adapters", adapters, lab.config.adapters.methods),
         ("conditions", experiment.conditions, [arm.units for arm in _all_conditions(lab)]),
         ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
     ):

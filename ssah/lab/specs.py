@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.store import Handle
 from ..training.ablation import Mode
+from ..training.adapter import Adapter
 from ..training.part import EVERYTHING, Part
 from ..units.mask import UnitMask
 
@@ -23,7 +24,7 @@ class Train:
     """
 
     rows: str
-    part: Part = EVERYTHING
+    part: Part | Adapter = EVERYTHING
     changes: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
 
@@ -54,7 +55,11 @@ class Model:
     step: Train | Ablate | Patch | None = None
 
     def trained(
-        self, rows: str, part: Part = EVERYTHING, epoch: int | None = None, **changes: Any
+        self,
+        rows: str,
+        part: Part | Adapter = EVERYTHING,
+        epoch: int | None = None,
+        **changes: Any,
     ) -> Model:
         """This model after training on some rows."""
         return Model(self, Train(rows, part, changes, epoch))
