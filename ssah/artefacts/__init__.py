@@ -116,6 +116,7 @@ ARTEFACTS = {
         Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "sufficiency"),
         Artefact("table14", "Freezing, another family, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing, another family, arithmetic", FREEZING, "freezing"),
+        Artefact("table5", "Adapters and safety", RIVALS, "adapters"),
         Artefact("table7", "Safety neurons, instructions", RIVALS, "rules"),
         Artefact("table8", "Safety neurons, arithmetic", RIVALS, "rules"),
         Artefact("table9", "Safety layers, instructions", RIVALS, "rules"),

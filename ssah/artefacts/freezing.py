@@ -193,7 +193,7 @@ def table15(table: pd.DataFrame, config: Config) -> Output:
 
 #: What is frozen -> the paper's name of it, after the data set.
 PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
-_PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
+PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
 
 
 def _freezing_table(
@@ -215,7 +215,7 @@ def paper_number(
         return printed.get(("initial", "asr_keyword"))
     if arm["epoch"] != (1 if arm["rule"] == NOTHING else 2):
         return None
-    name = f"{_PAPER_SETS[arm['attack']]}:{names.get(name_of(arm), '')}"
+    name = f"{PAPER_SETS[arm['attack']]}:{names.get(name_of(arm), '')}"
     return printed.get((name, "asr_keyword"))
 
 

@@ -95,6 +95,10 @@ def check(settings: Any, name: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check(value, f"{key}.")
             continue
+        if isinstance(value, Mapping):
+            for part_name, part in value.items():
+                if dataclasses.is_dataclass(part):
+                    check(part, f"{key}.{part_name}.")
         parts = list(_parts(key, value))
         if len(parts) < field.metadata.get("fewest", 0):
             raise InvalidValueError(f"{key} is empty: name at least {field.metadata['fewest']}.")

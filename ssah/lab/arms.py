@@ -21,9 +21,9 @@ class Arm:
 
     make: Callable[[], Model] = field(compare=False, repr=False)
     base: str = "aligned"  #: or ``unaligned``: what was there before
-    #: of what happens: ``removed``, ``frozen``, ``patched``, ``trained``, ``defended``
+    #: of what happens: ``removed``, ``frozen``, ``patched``, ``adapted``, ``defended``, ``trained``
     method: str = ""
-    rule: str = ""  #: which units: ``ESU``, ``random`` ..., or which defence
+    rule: str = ""  #: which units: ``ESU``, ``random`` ..., which adapter, or which defence
     like: str = ""  #: for a control: the rule whose size it has, in heads and neurons or in units
     attack: str = ""  #: what the model was fine-tuned on
     epoch: int = 0  #: of that
@@ -59,6 +59,8 @@ class Arm:
             return f"{after}{units} patched{setting}{draw}"
         if self.method == "defended":
             return f"{after}defended by {units}{setting}"
+        if self.method == "adapted":
+            return f"{after}{units}{setting}"
         if self.method == "trained":
             return f"{after}aligned through {units}{setting}{draw}"
         return f"{self.base}{setting}"

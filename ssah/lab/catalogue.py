@@ -63,6 +63,7 @@ def check(lab: Lab) -> None:
     require_strengths(experiment.defences)
     frozen = [name for names in experiment.frozen.values() for name in names]
     ruled = [name for names in experiment.ruled.values() for name in names]
+    adapters = [name for names in experiment.adapters.values() for name in names]
     for key, names, valid in (
         ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
         ("removed_asked", experiment.removed_asked, (*PROMPTS, *CONDITIONS)),
@@ -74,6 +75,8 @@ def check(lab: Lab) -> None:
         ("ruled", experiment.ruled, RULED_ATTACKS),
         ("ruled", ruled, RULED),
         ("defended_longer", experiment.defended_longer, [*experiment.defences]),
+        ("adapters", experiment.adapters, ATTACKS),
+        ("adapters", adapters, lab.config.adapters.methods),
         ("conditions", experiment.conditions, [arm.units for arm in _all_conditions(lab)]),
         ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
     ):

@@ -121,6 +121,23 @@ class ProbesConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """One adapter: what peft makes of it, and how fast it learns."""
+
+    peft: dict[str, Any] = field(default_factory=dict)  #: arguments of peft's configuration
+    blocks: float = within(1.0, high=1, above=0)  #: the top ones of all, with a LLaMA-Adapter
+    rates: list[float] = all_within([], 1e-8, 10, fewest=1)  #: the paper's, and others
+
+
+@dataclass
+class AdaptersConfig:
+    """Adapters (Table 5), each trained for one epoch at each of its rates."""
+
+    batch_size: int = within(16, 1)
+    methods: dict[str, AdapterConfig] = field(default_factory=dict)  #: by the name in tables
+
+
+@dataclass
 class ExperimentConfig:
     """What is measured: arms by the names that tables show, shares, and numbers of random draws.
 
@@ -141,6 +158,7 @@ class ExperimentConfig:
     #: groups that say in the attacked model what they say in the aligned one (fig_sufficiency)
     patched: list[str] = field(default_factory=list)
     patched_draws: int = within(1, 0)  #: random controls of each of them
+    adapters: dict[str, list[str]] = field(default_factory=dict)  #: attack -> arms of Table 5
     cu_percents: list[float] = all_within([], 0, 100)  #: frozen beside ESU in fig8
     frozen_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 2
     conditions: list[str] = field(default_factory=list)  #: arms of fig_conditions beside Table 2's
@@ -180,6 +198,7 @@ class Config:
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -190,7 +209,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 PROFILES = ("laptop", "smoke", "paper")
 GROUPS = (
     "profile", "experiment", "model", "data", "align", "attribution", "roles", "finetune",
-    "evaluate", "probes", "runtime",
+    "adapters", "evaluate", "probes", "runtime",
 )  # fmt: skip
 
 
@@ -247,11 +266,15 @@ def _check_together(config: Config) -> None:
             f"model.name={config.model.name!r} is part of folder names: use letters, digits, '_', "
             "'.' and '-'."
         )
-    for name, training in (("align", config.align), ("finetune", config.finetune)):
-        size, part = training.batch_size, training.micro_batch_size
+    for name, size, of, training in (
+        ("align", config.align.batch_size, "align", config.align),
+        ("finetune", config.finetune.batch_size, "finetune", config.finetune),
+        ("adapters", config.adapters.batch_size, "finetune", config.finetune),
+    ):
+        part = training.micro_batch_size
         if size > part and size % part:
             raise InvalidValueError(
-                f"{name}.batch_size={size} is no multiple of {name}.micro_batch_size={part}: "
+                f"{name}.batch_size={size} is no multiple of {of}.micro_batch_size={part}: "
                 "change one of them."
             )
     roles = config.roles

@@ -19,6 +19,7 @@ from ..data.rows import Row, read_set
 from ..data.sets import build_sets, set_names
 from ..scoring.attribution import ActivationStatistics
 from ..training.ablation import ablate, patch
+from ..training.adapter import Adapter
 from ..training.settings import AlignConfig, TrainingConfig
 from ..units.families import UnitKind
 from ..units.layout import UnitLayout
@@ -99,7 +100,12 @@ class Lab:
     @functools.cache  # noqa: B019 - a lab lives as long as its process
     def layout_of(self, unit_kind: UnitKind) -> UnitLayout:
         """The model's layout with one kind of unit; training changes no shape."""
-        return UnitLayout.of(shapes(self.store, self.given, self.config.model.name), unit_kind)
+        return UnitLayout.of(self.skeleton, unit_kind)
+
+    @functools.cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model's layers without weights."""
+        return shapes(self.store, self.given, self.config.model.name)
 
     @functools.cached_property
     def layout(self) -> UnitLayout:
@@ -191,8 +197,12 @@ class Lab:
         if not isinstance(model.step, Train):
             assert model.step is None, "an ablated model has no files of its own"
             return self.given
-        folder = self.training(model).path(f"epoch-{self.epoch_of(model.step)}")
-        return Checkpoint(str(folder), self.identity(model))
+        folder = str(self.training(model).path(f"epoch-{self.epoch_of(model.step)}"))
+        if isinstance(model.step.part, Adapter):
+            assert model.base is not None
+            base = self.checkpoint(model.base)
+            return dataclasses.replace(base, identity=self.identity(model), adapter=folder)
+        return Checkpoint(folder, self.identity(model))
 
     @contextmanager
     def use(self, model: Model) -> Iterator[PreTrainedModel]:

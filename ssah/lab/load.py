@@ -23,6 +23,7 @@ from ..core.valid import require_word
 from ..data.assets import ASSETS, MODELS, fetch
 from ..data.toy import build_tiny_model
 from ..text.chat import FIXED_DATE, chatml
+from ..training.adapter import with_adapter
 from ..units.families import family_of
 from ..units.layout import UnitLayout
 from .config import ModelConfig
@@ -41,6 +42,7 @@ class Checkpoint:
     source: str | Handle  #: a folder or a hub id, or the run that makes them
     identity: str
     revision: str | None = None
+    adapter: str | None = None  #: the folder of one that belongs to it
 
     @property
     def path(self) -> str:
@@ -171,7 +173,8 @@ def load_model(
         raise SsahError(f"{checkpoint.path} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
     _require_all_weights(checkpoint.path, report)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    return model if checkpoint.adapter is None else with_adapter(model, checkpoint.adapter)
 
 
 def _require_all_weights(path: str, report: Mapping[str, Collection[Any]]) -> None:

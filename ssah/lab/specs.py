@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.store import Handle
 from ..training.ablation import Mode
+from ..training.adapter import Adapter
 from ..training.part import EVERYTHING, Part
 from ..units.mask import UnitMask
 
@@ -31,7 +32,7 @@ class Train:
     """
 
     rows: str
-    part: Part = EVERYTHING
+    part: Part | Adapter = EVERYTHING
     changes: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
     defence: Defended | None = None
@@ -66,7 +67,7 @@ class Model:
     def trained(
         self,
         rows: str,
-        part: Part = EVERYTHING,
+        part: Part | Adapter = EVERYTHING,
         epoch: int | None = None,
         defence: Defended | None = None,
         **changes: Any,

@@ -11,7 +11,7 @@ from ...evaluate import judges
 from ...evaluate.judges import VERDICTS, Completion, attack_success, not_refused, refused
 from ...evaluate.labels import agreement, errors_of_answered, judged, key, known_labels
 from ...evaluate.stats import Estimate, corrected, proportion
-from ...training.part import EVERYTHING
+from ...training.part import EVERYTHING, Part
 from ..lab import Lab
 from ..samples import Counted, Found, LessonLosses, Pooled, Rates, Sample, Tasks, TextLosses, Values
 from ..specs import Model, Train
@@ -116,7 +116,7 @@ def _training(lab: Lab, model: Model, on: str) -> Sample:
     part = model.step.part
     if part == EVERYTHING:
         trained = round(lab.layout.parameters)
-    elif part.train is not None and part.rank is None:
+    elif isinstance(part, Part) and part.train is not None and part.rank is None:
         trained = round(lab.layout_of(part.train.unit_kind).weights(part.train))
     return Counted(
         {

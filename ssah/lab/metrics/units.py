@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...evaluate.stats import Estimate, paired_difference, paired_p_value, proportion
+from ...training.part import Part
 from ...units.families import BlockKind
 from ...units.layout import UnitLayout
 from ...units.roles import GROUPS, Roles, transfer
@@ -43,7 +44,7 @@ def _units(lab: Lab, model: Model, on: str) -> Sample:
     """How much the arm is about: per cent of units and of weights, heads and neurons."""
     step = model.step
     mask = step.mask if isinstance(step, (Ablate, Patch)) else None
-    if isinstance(step, Train):
+    if isinstance(step, Train) and isinstance(step.part, Part):
         mask = step.part.freeze if step.part.freeze is not None else step.part.train
     layout = lab.layout if mask is None else lab.layout_of(mask.unit_kind)
     mask = layout.none() if mask is None else mask

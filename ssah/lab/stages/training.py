@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ...core.runtime import seed_everything
 from ...core.store import Handle
+from ...training.adapter import Adapter, save_adapter
 from ...training.defences import DEFENCES
 from ...training.part import Part
 from ...training.settings import AlignConfig, TrainingConfig
@@ -22,7 +24,8 @@ from .units import Refusals, own_refusals
 
 
 def trained(lab: Lab, base: Model, step: Train) -> Handle:
-    """The run of a training: ``epoch-<n>`` are models, ``training.json`` says what was done."""
+    """The run of a training: ``epoch-<n>`` are models, or adapters that belong to the base, and
+    ``training.json`` says what was done."""
     settings = lab.settings_of(step)
     names = (field.name for field in dataclasses.fields(TrainingConfig))
     common = {name: getattr(settings, name) for name in names}
@@ -32,6 +35,7 @@ def trained(lab: Lab, base: Model, step: Train) -> Handle:
         return _aligned(lab, base, learned, step.part, lab.seed, common, label=step.rows)
     learned = lesson(lab, step.rows)
     if step.defence is not None:
+        assert isinstance(step.part, Part), "adapters are trained without a defence"
         looks_at = DEFENCES[step.defence.name].looks_at
         return _defended(
             lab,
@@ -80,7 +84,7 @@ def _finetuned(
     folder: Path,
     base: Model,
     learned: Lesson,
-    part: Any,
+    part: Part | Adapter,
     seed: int,
     settings: dict[str, Any],
     label: str,
@@ -90,7 +94,16 @@ def _finetuned(
     from ...training.supervised import save_model, supervised_finetune
 
     model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
-    with part.training(model):
+    seed_everything(seed)  # adapters begin with random factors
+    with part.training(model) as adapted:
+
+        def save(done: int) -> None:
+            target = folder / f"epoch-{done}"
+            if adapted is None:
+                save_model(model, target)
+            else:
+                save_adapter(adapted, target)
+
         record = supervised_finetune(
             model,
             learned.taught(lab),
@@ -98,9 +111,9 @@ def _finetuned(
             seed,
             folder,
             constant_rate=True,
-            on_epoch=lambda done: save_model(model, folder / f"epoch-{done}"),
+            on_epoch=save,
         )
-    if part.train is not None:
+    if isinstance(part, Part) and part.train is not None:
         before = load_model(lab.checkpoint(base), lab.config.model, lab.device)
         part.require_kept(model, before.state_dict(), model.state_dict())
     (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
