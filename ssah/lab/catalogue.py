@@ -16,8 +16,9 @@ from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.roles import Roles, Shares
 from .arms import Arm
+from .jailbreaks import JAILBREAKS
 from .lab import Lab
-from .metrics.behaviour import CONDITIONS, PROMPTS
+from .metrics.behaviour import ASKED, PROMPTS, has_prompts
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.lessons import ATTACKS, MAIN_ATTACK
@@ -48,9 +49,11 @@ def check(lab: Lab) -> None:
     frozen = [name for names in experiment.frozen.values() for name in names]
     for key, names, valid in (
         ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
-        ("removed_asked", experiment.removed_asked, (*PROMPTS, *CONDITIONS)),
-        ("frozen_asked", experiment.frozen_asked, (*PROMPTS, *CONDITIONS)),
-        ("aligned_asked", experiment.aligned_asked, (*PROMPTS, *CONDITIONS)),
+        ("removed_asked", experiment.removed_asked, ASKED),
+        ("frozen_asked", experiment.frozen_asked, ASKED),
+        ("aligned_asked", experiment.aligned_asked, ASKED),
+        ("jailbreaks", experiment.jailbreaks, JAILBREAKS),
+        ("jailbreak_prompts", [experiment.jailbreak_prompts], PROMPTS),
         ("instructed", experiment.instructed, ATTACKS),
         ("stability", experiment.stability, COMPARISONS),
         ("frozen", experiment.frozen, ATTACKS),
@@ -65,6 +68,12 @@ def check(lab: Lab) -> None:
         raise SsahError(
             f"experiment.conditions: '{LOWER}' is a part of finetune.learning_rate, which "
             "finetune.rates replaces: leave one of them out."
+        )
+    if experiment.jailbreaks and not has_prompts(lab, experiment.jailbreak_prompts):
+        raise SsahError(
+            f"experiment.jailbreak_prompts: this data source has no "
+            f"'{experiment.jailbreak_prompts}': give such a set, or set it to AdvBench, the "
+            "evaluation prompts."
         )
     for name in (*frozen, *experiment.patched):
         if name not in RULES or name in experiment.patched:
