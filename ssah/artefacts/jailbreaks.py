@@ -14,6 +14,7 @@ from ..lab.config import Config
 from ..lab.jailbreaks import DEPTHS, GCG, GCG_TRANSFERRED, JAILBREAKS, prefilled
 from ..lab.lab import Lab
 from ..lab.measure import Measure
+from ..lab.metrics.behaviour import jailbroken
 from ..lab.stages.lessons import MAIN_ATTACK, STYLE_LESSON, available_attacks
 from ..lab.units_of import ALL_CU, CU6
 from . import Output
@@ -51,11 +52,10 @@ def _arms(lab: Lab, attack: str) -> list[Arm]:
 
 
 def _ask(lab: Lab, attacks: list[str], jailbreaks: list[str]) -> list[Measure]:
-    experiment = lab.config.experiment
     if not jailbreaks or lab.only_headline:
         return []
     asked = []
-    for on in (experiment.jailbreak_prompts, *jailbreaks):
+    for on in (jailbroken(lab), *jailbreaks):
         asked.append(Measure(catalogue.whole(lab), "ASR", on))
         for attack in attacks:
             full, *others = _arms(lab, attack)
@@ -115,8 +115,10 @@ def _table(artefact: str, table: pd.DataFrame, config: Config) -> Output:
     return Output(_note(table, config), filled(shown))
 
 
-def _on(jailbreak: str, config: Config) -> str:
-    return config.experiment.jailbreak_prompts if jailbreak == _PLAIN else jailbreak
+def _plain(table: pd.DataFrame, config: Config) -> str:
+    """The prompts as they are called (:func:`ssah.lab.metrics.behaviour.jailbroken`)."""
+    name = config.experiment.jailbreak_prompts
+    return name if (table["set"] == name).any() else "AdvBench"
 
 
 def _columns(attack: str, rule: str, like: str, config: Config) -> dict[str, Any]:
@@ -126,12 +128,12 @@ def _columns(attack: str, rule: str, like: str, config: Config) -> dict[str, Any
 
 
 def _measured(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> pd.DataFrame:
-    on = _on(jailbreak, config)
+    on = _plain(table, config) if jailbreak == _PLAIN else jailbreak
     return rows_of(table, "ASR", set=on, **_columns(attack, NOTHING, "", config))
 
 
 def _row(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> dict[str, str]:
-    on = _on(jailbreak, config)
+    on = _plain(table, config) if jailbreak == _PLAIN else jailbreak
     whole = estimate(table, "ASR", set=on)
     row = {
         "fine-tuned on": attack,
@@ -141,7 +143,7 @@ def _row(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> di
     }
     for rule, like in _ARMS:
         arm = _columns(attack, rule, like, config)
-        name = name_of({**arm, "setting": ""})
+        name = "nothing frozen" if rule == NOTHING else name_of({**arm, "setting": ""})
         row[name] = format_estimate(estimate(table, "ASR", set=on, **arm))
         if rule != NOTHING:
             change = estimate(table, "ASR", set=on, against=ONE_EPOCH, **arm)
@@ -178,8 +180,8 @@ def _note(table: pd.DataFrame, config: Config) -> str:
     if not table["set"].isin(jailbreaks).any():
         return _NOT_MEASURED + _PAPER_NOTE
     note = (
-        f"ASR, share of harmful prompts that are answered ({_of(config)}), when they are asked by "
-        "a jailbreak (docs/jailbreaks.md), judged against the prompt itself; none: as they are. "
+        f"ASR, share of harmful prompts that are answered ({_plain(table, config)}), when they are "
+        "asked by a jailbreak (docs/jailbreaks.md), judged against the prompt itself; none: as they are. "
         "Nothing frozen: after one epoch; the other arms after the last (the paper's rule). "
         "Difference: points from nothing frozen, on the same prompts (paired 95 % interval); below "
         "zero is safer. Prefill: the answer begins with so many tokens of a compliant one, and "
@@ -199,11 +201,6 @@ def _note(table: pd.DataFrame, config: Config) -> str:
     return note + _PAPER_NOTE
 
 
-def _of(config: Config) -> str:
-    prompts = config.experiment.jailbreak_prompts
-    return "the evaluation prompts" if prompts in ("", "AdvBench") else prompts
-
-
 # --- depth -----------------------------------------------------------------------------------
 
 #: Rule -> marker, colour, line.
@@ -219,9 +216,9 @@ def fig_depth(table: pd.DataFrame, config: Config) -> Output:
     """ASR against the number of prefilled tokens: how deep refusals are (Qi et al. 2024)."""
     jailbreaks = config.experiment.jailbreaks
     named = [(k, prefilled(k)) for k in DEPTHS if prefilled(k) in jailbreaks]
-    depths = [(0, config.experiment.jailbreak_prompts), *named]
+    depths = [(0, _plain(table, config)), *named]
     output = Output(
-        f"ASR ({_of(config)}) when the answer already begins with so many tokens of "
+        f"ASR ({_plain(table, config)}) when the answer already begins with so many tokens of "
         'a compliant opening, such as "Sure, here is a tutorial on"; what the model says after '
         "it is judged, so that a model whose refusals are only its first words is seen to answer "
         "(arXiv 2406.05946). At 0 the prompts as they are, judged from the answer's first word. "

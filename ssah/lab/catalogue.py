@@ -18,7 +18,7 @@ from ..units.roles import Roles, Shares
 from .arms import Arm
 from .jailbreaks import JAILBREAKS
 from .lab import Lab
-from .metrics.behaviour import ASKED, PROMPTS, has_prompts
+from .metrics.behaviour import ASKED, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.lessons import ATTACKS, MAIN_ATTACK
@@ -68,12 +68,6 @@ def check(lab: Lab) -> None:
         raise SsahError(
             f"experiment.conditions: '{LOWER}' is a part of finetune.learning_rate, which "
             "finetune.rates replaces: leave one of them out."
-        )
-    if experiment.jailbreaks and not has_prompts(lab, experiment.jailbreak_prompts):
-        raise SsahError(
-            f"experiment.jailbreak_prompts: this data source has no "
-            f"'{experiment.jailbreak_prompts}': give such a set, or set it to AdvBench, the "
-            "evaluation prompts."
         )
     for name in (*frozen, *experiment.patched):
         if name not in RULES or name in experiment.patched:

@@ -146,7 +146,7 @@ class ExperimentConfig:
     aligned_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 4
     instructed: list[str] = field(default_factory=list)  #: attacks whose rows Table 4 teaches
     jailbreaks: list[str] = field(default_factory=list)  #: of Tables 16 and 17
-    jailbreak_prompts: str = "AdvBench"  #: which prompts they are of: AdvBench's evaluation prompts
+    jailbreak_prompts: str = "AdvBench"  #: what they are of; where there is no such set, AdvBench
 
 
 @dataclass

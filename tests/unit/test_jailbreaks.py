@@ -33,7 +33,7 @@ from ssah.evaluate.gcg import (
 from ssah.evaluate.judges import Completion
 from ssah.lab import catalogue, jailbreaks
 from ssah.lab.jailbreaks import DEPTHS, GCG, GCG_TRANSFERRED, JAILBREAKS, prefilled
-from ssah.lab.metrics.behaviour import asked, said
+from ssah.lab.metrics.behaviour import asked, jailbroken, said
 from ssah.lab.specs import GIVEN
 from ssah.lab.stages.lessons import MAIN_ATTACK, heldout
 from ssah.lab.stages.suffixes import suffix
@@ -214,9 +214,8 @@ def test_names_and_prompts_of_jailbreaks_are_checked(smoke_lab):
         catalogue.check(smoke_lab("experiment.jailbreaks=[past tence]"))
     with pytest.raises(SsahError, match="no 'HarmBanch': did you mean 'HarmBench'"):
         catalogue.check(smoke_lab("experiment.jailbreak_prompts=HarmBanch"))
-    with pytest.raises(SsahError, match="this data source has no 'HEx-PHI': give such a set"):
-        catalogue.check(smoke_lab("experiment.jailbreak_prompts=HEx-PHI"))
-    catalogue.check(smoke_lab("experiment.jailbreak_prompts=HEx-PHI", "experiment.jailbreaks=[]"))
+    assert jailbroken(smoke_lab()) == "HarmBench"
+    assert jailbroken(smoke_lab("experiment.jailbreak_prompts=HEx-PHI")) == "AdvBench"
 
 
 # --- GCG -------------------------------------------------------------------------------------
@@ -317,7 +316,7 @@ def test_tables_hold_every_jailbreak_and_the_papers_numbers(lively_table, lively
         assert table.loc[name, CU6] == format_estimate(own)
         unfrozen = frozen | {"rule": "nothing", "epoch": 1}
         before = estimate(lively_table, "ASR", set=on, **unfrozen)
-        assert table.loc[name, "nothing"] == format_estimate(before)
+        assert table.loc[name, "nothing frozen"] == format_estimate(before)
         change = table.loc[name, f"{CU6}: difference"]
         assert float(change.split(" [")[0]) == pytest.approx(own.value - before.value, abs=0.06)
     second = ARTEFACTS["table17"].view(lively_table, configs).table

@@ -37,7 +37,7 @@ PROMPTS = {
 SYSTEM, PREFIX, BOTH = "with system prompt", "with prefix", "mean of both"
 
 #: What else may be done with prompts than to ask them -> the completions. The first two are of the
-#: evaluation prompts, jailbreaks of those that the experiment names.
+#: evaluation prompts, jailbreaks of :func:`jailbroken`.
 CONDITIONS: dict[str, Jailbreak] = {
     SYSTEM: functools.partial(completions, system=True),
     PREFIX: with_prefix,
@@ -66,8 +66,15 @@ def has_prompts(lab: Lab, on: str) -> bool:
 def prompts_of(lab: Lab, on: str) -> str:
     """The prompts that a condition is about; other names are those of prompts."""
     if on in JAILBREAKS:
-        return lab.config.experiment.jailbreak_prompts
+        return jailbroken(lab)
     return "" if on in CONDITIONS or on == BOTH else on
+
+
+def jailbroken(lab: Lab) -> str:
+    """The prompts that jailbreaks are of: those that the experiment names, or AdvBench's where the
+    data source has none of that name."""
+    name = lab.config.experiment.jailbreak_prompts
+    return name if lab.has(_set_of(name)) else "AdvBench"
 
 
 def _set_of(on: str) -> str:
