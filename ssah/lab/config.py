@@ -106,6 +106,9 @@ class EvaluateConfig:
     trivia_items: int = within(100, 1)
     arithmetic_items: int = within(50, 1)
     perplexity_rows: int = within(60, 1)
+    gcg_behaviours: int = within(20, 1)  #: prompts, evenly spread; the search is long
+    gcg_steps: int = within(100, 1)
+    gcg_width: int = within(16, 1)  #: candidates in each step
     lm_eval_tasks: list[str] = field(default_factory=list)
     lm_eval_limit: int | None = within(None, 1)
 
@@ -170,6 +173,8 @@ class ExperimentConfig:
     ru_shares: list[float] = all_within([], 0, 1)  #: other shares of RU in Table 4
     aligned_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 4
     instructed: list[str] = field(default_factory=list)  #: attacks whose rows Table 4 teaches
+    jailbreaks: list[str] = field(default_factory=list)  #: of Tables 16 and 17
+    jailbreak_prompts: str = "AdvBench"  #: what they are of; where there is no such set, AdvBench
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -37,29 +39,73 @@ def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
     return _FIRST + CHATML if begins else CHATML
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A prompt in a dialogue that is under way, put there by whoever asks.
+
+    ``before`` holds turns, each a prompt and its answer. The answer to ``prompt`` begins with the
+    first ``opening_tokens`` tokens of ``opening``, or all of it where it has fewer.
+    """
+
+    prompt: str
+    before: tuple[tuple[str, str], ...] = ()
+    opening: str = ""
+    opening_tokens: int = 0
+
+
 # --- text to tokens --------------------------------------------------------------------------
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str = "") -> str:
-    """The chat template's text up to where the answer begins.
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str = "",
+    before: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The chat template's text up to where the answer begins, behind earlier turns.
 
     A template that can make the model think first is told not to. Where it knows no system turn
     (Gemma's), the system prompt opens the user's.
     """
     from jinja2 import TemplateError
 
-    user = [{"role": "user", "content": prompt}]
+    turns = [
+        {"role": role, "content": content}
+        for turn in before
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    turns.append({"role": "user", "content": prompt})
     if system:
         try:
-            text = _rendered(tokenizer, [{"role": "system", "content": system}, *user])
+            text = _rendered(tokenizer, [{"role": "system", "content": system}, *turns])
             if system.strip() in text:
                 return text
             reason = "it is left out"
         except TemplateError as error:
             reason = str(error)
         logger.info("The template has no system turn (%s): it opens the user's.", reason)
-        user = [{"role": "user", "content": f"{system}\n\n{prompt}"}]
-    return _rendered(tokenizer, user)
+        turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
+    return _rendered(tokenizer, turns)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Begun,
+    system: str = "",
+    room: int | None = None,
+) -> list[int]:
+    """Token ids up to where a model goes on: in an answer that has begun, no token ends the turn.
+
+    Of the turns before, the first are left out where all of them are more than ``room`` tokens.
+    """
+    begun = Begun(prompt) if isinstance(prompt, str) else prompt
+    opening = encode(tokenizer, begun.opening)[: begun.opening_tokens]
+    before = begun.before
+    while True:
+        ids = encode(tokenizer, render_prompt(tokenizer, begun.prompt, system, before)) + opening
+        if not before or room is None or len(ids) <= room:
+            return ids
+        before = before[1:]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
