@@ -181,11 +181,11 @@ def _note(table: pd.DataFrame, config: Config) -> str:
         return _NOT_MEASURED + _PAPER_NOTE
     note = (
         f"ASR, share of harmful prompts that are answered ({_plain(table, config)}), when they are "
-        "asked by a jailbreak (docs/jailbreaks.md), judged against the prompt itself; none: as they are. "
-        "Nothing frozen: after one epoch; the other arms after the last (the paper's rule). "
-        "Difference: points from nothing frozen, on the same prompts (paired 95 % interval); below "
-        "zero is safer. Prefill: the answer begins with so many tokens of a compliant one, and "
-        "what follows is judged. "
+        "asked by a jailbreak (docs/jailbreaks.md), judged against the prompt itself; none: as "
+        "they are. Nothing frozen: after one epoch; the other arms after the last (the paper's "
+        "rule). Difference: points from nothing frozen, on the same prompts (paired 95 % "
+        "interval); below zero is safer. Prefill: the answer begins with so many tokens of a "
+        "compliant one, and what follows is judged. "
     )
     if {GCG, GCG_TRANSFERRED} & {*jailbreaks}:
         note += (
