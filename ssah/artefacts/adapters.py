@@ -34,7 +34,7 @@ def ask_table5(lab: Lab) -> list[Measure]:
     """The aligned model, and for each attack the adapters with what they are held against."""
     whole, asked = catalogue.whole(lab), []
     for attack in available_attacks(lab):
-        if attack in lab.config.experiment.adapters:
+        if lab.config.experiment.adapters.get(attack):
             asked += _ask(lab, attack)
     before = [Measure(whole, metric) for metric in ("ASR", "no refusal phrase", "incoherent")]
     return before + asked if asked else []
