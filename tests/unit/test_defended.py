@@ -109,7 +109,7 @@ def test_units_that_are_frozen_beside_a_defence_keep_their_bits(lab):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("+experiment.defences.mixin=[0.1]", "no 'mixin': did you mean 'mixing'"),
+        ("+experiment.defences={mixin: [0.1]}", "no 'mixin': did you mean 'mixing'"),
         ("experiment.defences.mixing=[3.0]", r"mixing=3.0 is out of range: .*at most 1"),
         ("experiment.defences.replay=[]", "experiment.defences.replay is empty"),
         ("experiment.defended_longer=[Lissa]", "no 'Lissa': did you mean 'Lisa'"),
