@@ -323,6 +323,10 @@ def check_keys(overrides: list[str]) -> None:
         named = ".".join(key.split(".")[:3])
         if not {key, named} & set(known_keys()) and not key.startswith(("hydra.", "hydra/")):
             raise SsahError(f"Unknown override '{key}'{suggestion(key, known_keys())}")
+        chosen = None if parsed.is_sweep_override() else parsed.value()
+        files = chosen if key in GROUPS and isinstance(chosen, list) else []
+        if not all(isinstance(file, str) for file in files):
+            raise SsahError(f"{key}={chosen} names no file of conf/{key}: name one of them.")
 
 
 def with_absolute_paths(override: str) -> str:
