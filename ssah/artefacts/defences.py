@@ -197,8 +197,8 @@ def _note(config: Config) -> str:
         f"that units are scored on. A star marks the strength that is chosen on "
         f"{MAIN_ATTACK}: the lowest ASR on the search prompts, which are not those of the column, "
         f"among those that keep {100 * KEPT:g} % of the held-out gain of plain fine-tuning; where "
-        "none does, the largest gain. On arithmetic, which had no part in that, the recommended "
-        "strength alone. Against none: points of ASR, same prompts, paired 95 % interval; below "
+        "none does, the largest gain. Arithmetic had no part in that choice, so that it tests what "
+        "was chosen. Against none: points of ASR, same prompts, paired 95 % interval; below "
         "zero is safer. Borderline refused: of harmless prompts that look dangerous. Accuracy: "
         "mean of trivia and arithmetic, %. What a step of each costs in time and memory: `ssah "
         "bench`." + left_out

@@ -16,8 +16,8 @@ from .specs import Defended
 from .stages.lessons import MAIN_ATTACK
 from .units_of import CU6, group
 
-#: Attacks by what they are for: settings are compared in the first one, and the recommended ones
-#: in the second, whose rows had no part in any choice.
+#: Attacks by what they are for: settings are chosen in the first one, and what was chosen is tested
+#: in the second, whose rows had no part in it.
 ATTACKS = (MAIN_ATTACK, "arithmetic")
 
 #: Epochs of the runs that show whether a defence prevents or delays.
@@ -61,11 +61,12 @@ def setting(name: str, strength: float, epochs: int = 1) -> str:
 
 
 def arms(lab: Lab, attack: str) -> list[Arm]:
-    """One epoch of an attack under each defence: in the main one with all strengths."""
+    """One epoch of an attack under each defence, with each strength: which one is chosen is not
+    known before they are measured."""
     return [
         arm
         for name, strengths in shown(lab).items()
-        for strength in (strengths if attack == MAIN_ATTACK else strengths[:1])
+        for strength in strengths
         for arm in defended(lab, attack, name, strength)
     ]
 

@@ -127,12 +127,10 @@ def test_arms_are_the_experiments(lab):
     assert names == [(n, defended.setting(n, s)) for n, found in wanted.items() for s in found]
     assert ("mixing", "5 %") in names
     assert ("Lisa", "10") in names
-    recommended = defended.arms(lab, "arithmetic")
-    assert [arm.setting for arm in recommended] == [
-        defended.setting(n, found[0]) for n, found in wanted.items()
-    ]
-    assert {(arm.method, arm.epoch) for arm in recommended} == {("defended", 1)}
-    assert recommended[0].name == "arithmetic, 1 epoch: defended by mixing, 5 %"
+    tested = defended.arms(lab, "arithmetic")
+    assert [(arm.rule, arm.setting) for arm in tested] == names
+    assert {(arm.method, arm.epoch) for arm in tested} == {("defended", 1)}
+    assert tested[0].name == "arithmetic, 1 epoch: defended by mixing, 5 %"
 
 
 def test_a_model_that_came_aligned_has_no_safe_lora(smoke_lab):
@@ -206,7 +204,7 @@ def found(lively_lab, toy_verdicts) -> pd.DataFrame:
 def test_the_table_shows_what_was_measured(found):
     config = found.attrs["config"]
     shown = ARTEFACTS["table_defences"].view(found, {config.model.name: config}).table
-    assert list(shown["fine-tuned on"]) == ["nothing"] + 7 * ["instructions"] + 5 * ["arithmetic"]
+    assert list(shown["fine-tuned on"]) == ["nothing"] + 7 * ["instructions"] + 7 * ["arithmetic"]
     own = shown[shown["fine-tuned on"] == "instructions"].set_index(["defence", "strength"])
     choice = chosen(found, config)
     assert set(choice) == {"mixing", "EMA", "mixing_and_frozen"}
