@@ -124,8 +124,8 @@ def require_known_commits(table: pd.DataFrame) -> None:
             rows = int(table["commits"].str.contains(commit, regex=False).sum())
             raise SsahError(
                 f"{rows} numbers were measured at commit {commit}, which is not in the repository "
-                "(a + means uncommitted changes): commit, run `ssah clean-cache` for the stages "
-                "that changed, and measure again."
+                "(a + means uncommitted changes): commit them, run `ssah clean-cache`, and "
+                "measure again."
             )
 
 
