@@ -17,7 +17,8 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 ARTEFACTS := $(shell sed -n 's/^ *Artefact."\([a-z0-9_]*\)".*/\1/p' ssah/artefacts/__init__.py)
 NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 
-.PHONY: help env setup plan smoke reproduce publish test test-notebooks lint bench lock clean-cache \
+.PHONY: help env setup plan smoke reproduce publish test test-notebooks lint bench site lock \
+	clean-cache \
 	$(ARTEFACTS) $(NOTEBOOKS)
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make lint             style and types alone"
 	@echo "make test-notebooks   the notebooks alone, on the smoke profile"
 	@echo "make bench            seconds and memory of attribution and of each way to train"
+	@echo "make site             docs and published results as a static site, in site/"
 	@echo "make lock             pin the versions that are installed"
 	@echo "make clean-cache      delete cached runs and downloads"
 	@echo "artefacts:            $(ARTEFACTS)"
@@ -70,6 +72,11 @@ test: env lint
 
 test-notebooks: env
 	$(BIN)/python -m pytest tests/notebooks $(ARGS)
+
+# Nothing in it is fetched from elsewhere: `python -m http.server -d site` shows it.
+site: env
+	$(BIN)/python docs/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f build/site/mkdocs.yml
 
 lock: env
 	{ echo "# Made by make lock on Python 3.11, Linux."; $(BIN)/pip freeze --exclude-editable | \

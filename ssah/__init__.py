@@ -11,6 +11,8 @@ Fine-tune a chat model while the units that carry its refusals keep their bits::
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "Roles": "units.roles",
     "Shares": "units.roles",

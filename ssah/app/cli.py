@@ -146,7 +146,7 @@ def submit(
 def _setting(text: str) -> tuple[str, int | str]:
     name, sign, value = text.partition("=")
     if not sign:
-        raise SsahError(f"--set {text}: name=value, such as slurm_partition=gpu.")
+        raise SsahError(f"--set {text} is not of the form name=value, such as slurm_partition=gpu.")
     return name, int(value) if value.isdigit() else value
 
 

@@ -71,7 +71,9 @@ def notebook(name: str, profile: str, overrides: list[str]) -> None:
 def reproduce(profile: str, overrides: list[str], *, publishing: bool = False) -> None:
     """Compute everything, execute every notebook, then print the claims table; or publish that."""
     if publishing and profile == "smoke":
-        raise SsahError("The smoke profile's numbers mean nothing: publish another one.")
+        raise SsahError(
+            "The smoke profile's numbers mean nothing: choose another profile to publish."
+        )
     study = Study(profile, overrides)
     plan(study)
     _look_at(study)
@@ -132,7 +134,9 @@ def merge(folders: Sequence[Path], target: Path) -> None:
     tables = [read_table(folder) for folder in folders]
     for folder, table in zip(folders, tables, strict=True):
         if table.empty:
-            raise SsahError(f"{folder} holds no measurements.parquet.")
+            raise SsahError(
+                f"{folder} holds no measurements.parquet: name results folders of runs."
+            )
     whole = merged(tables)
     studies: dict[str, Study] = {}
     for folder in folders:

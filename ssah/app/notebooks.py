@@ -63,7 +63,10 @@ def execute(
         raise SsahError(f"There is no notebook '{name}'{suggestion(name, valid)}")
     declared = set(papermill.inspect_notebook(str(source)))
     if declared != set(PARAMETERS):
-        raise SsahError(f"{source.name} declares {sorted(declared)}, not {list(PARAMETERS)}.")
+        raise SsahError(
+            f"The parameters cell of {source.name} declares {', '.join(sorted(declared))}: it must "
+            f"declare {', '.join(PARAMETERS)} and nothing else."
+        )
     _require_own_kernel()
     folder = results / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)

@@ -73,8 +73,8 @@ def run_jobs(study: Study, artefacts: Sequence[str]) -> None:
                     future.result()
         except BrokenProcessPool as error:
             raise SsahError(
-                "A process was killed, most likely for want of memory: what was finished is kept; "
-                "go on with runtime.processes=1."
+                "A process was killed, most likely because memory ran out. What was finished is "
+                "kept: go on with runtime.processes=1."
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)

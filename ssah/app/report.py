@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..artefacts import ARTEFACTS
+from ..claims.table import claims as all_claims
 from ..claims.table import claims_table, published_by_model, styled, update_claims
-from ..core.errors import SsahError
+from ..core.errors import SsahError, suggestion
 from ..core.files import write_atomically
 from ..core.paths import project_root, results_root
 from ..core.runtime import is_known
@@ -20,19 +22,24 @@ from ..lab.table import read_table
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>ssah: {{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-body {font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem}
+:root {color-scheme: light dark}
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;
+overflow-wrap: anywhere}
 table {border-collapse: collapse; font-size: 13px} td, th {padding: .25rem .6rem; text-align: left;
-border-bottom: 1px solid #ddd; vertical-align: top}
-img {max-width: 100%} pre {white-space: pre-wrap}
+border-bottom: 1px solid #8886; vertical-align: top; overflow-wrap: normal}
+img {max-width: 100%; background: white} .wide, pre {overflow-x: auto}
 </style></head><body>
 <h1>Superficial Safety Alignment Hypothesis: {{ title }}</h1>
 <h2 id="claims">Claims</h2>
-{{ claims }}
+<div class="wide">{{ claims }}</div>
 {% for artefact, parts in sections %}
 <h2 id="{{ artefact.id }}">{{ artefact.id }}: {{ artefact.title }}</h2>
 {% if parts.figure %}<img src="figures/{{ artefact.id }}.svg" alt="{{ artefact.title }}">{% endif %}
-<pre>{{ parts.text }}</pre>
+{% for part in parts.text %}
+{% if part.startswith("|") %}<pre>{{ part | e }}</pre>{% else %}<p>{{ part | e }}</p>{% endif %}
+{% endfor %}
 <p>{% for file in parts.files %}<a href="{{ file }}">{{ file }}</a> {% endfor %}</p>
 {% endfor %}
 </body></html>
@@ -65,23 +72,31 @@ def write_reports(results: Path) -> None:
     write_atomically(
         results / "measurements.csv", lambda p: table.to_csv(p, index=False, float_format="%.6g")
     )
-    claims = update_claims(results)
+    html = index_page(results, update_claims(results))
+    write_atomically(results / "index.html", lambda p: p.write_text(html, encoding="utf-8"))
+
+
+def index_page(results: Path, claims: pd.DataFrame) -> str:
+    """The claims and every artefact of a results folder, as HTML."""
     sections = []
     for artefact in ARTEFACTS.values():
         figure = (results / "figures" / f"{artefact.id}.svg").exists()
         kind = "figures" if figure else "tables"
         text = results / kind / f"{artefact.id}.md"
         if text.exists():
-            files = sorted(p.relative_to(results) for p in results.glob(f"*/{artefact.id}.*"))
-            parts = {"figure": figure, "text": text.read_text("utf-8"), "files": files}
+            files = sorted(results.glob(f"*/{artefact.id}.*"))
+            parts = {
+                "figure": figure,
+                "text": text.read_text("utf-8").strip().split("\n\n"),
+                "files": [p.relative_to(results) for p in files if p != text],  # shown here
+            }
             sections.append((artefact, parts))
     page = Environment(autoescape=False).from_string(_PAGE)
-    html = page.render(
+    return page.render(
         title=results.name,
         claims=styled(claims).to_html(index=False, border=0),
         sections=sections,
     )
-    write_atomically(results / "index.html", lambda p: p.write_text(html, encoding="utf-8"))
 
 
 def publish(results: Path) -> None:
@@ -109,8 +124,8 @@ def require_known_commits(table: pd.DataFrame) -> None:
             rows = int(table["commits"].str.contains(commit, regex=False).sum())
             raise SsahError(
                 f"{rows} numbers were measured at commit {commit}, which is not in the repository "
-                "(a + means uncommitted changes): commit, run `ssah clean-cache` for the stages "
-                "that changed, and measure again."
+                "(a + means uncommitted changes): commit them, run `ssah clean-cache`, and "
+                "measure again."
             )
 
 
@@ -124,11 +139,25 @@ def refresh_published() -> None:
 def refresh_texts() -> None:
     """Fill the generated blocks of the README and of the docs."""
     _fill("README.md", "claims", published_by_model(headline=True))
-    _fill("docs/claims.md", "claims", published_by_model(headline=False))
+    claims = published_by_model(headline=False)
+    _fill("docs/claims.md", "claims", claims)
+    for block, names in claim_blocks("docs/faq.md"):
+        _fill("docs/faq.md", block, claims.loc[names])
     _fill("docs/reproduction.md", "times", times(results_root() / "published"))
     costs = results_root() / "published" / "tables" / "bench.csv"
     if costs.exists():
         _fill("docs/reproduction.md", "costs", pd.read_csv(costs, dtype=str).fillna(""))
+
+
+def claim_blocks(name: str) -> list[tuple[str, list[str]]]:
+    """The blocks of a page that name claims, as in ``<!-- claims esu_are_few:begin -->``, and
+    these; :class:`SsahError` for one that there is not."""
+    text = (project_root() / name).read_text(encoding="utf-8")
+    found = re.findall(r"<!-- (claims ([a-z_ ]+)):begin -->", text)
+    known = [claim["id"] for claim in all_claims()]
+    for wanted in (w for _, names in found for w in names.split() if w not in known):
+        raise SsahError(f"{name}: there is no claim '{wanted}'{suggestion(wanted, known)}")
+    return [(block, names.split()) for block, names in found]
 
 
 def times(results: Path) -> pd.DataFrame:

@@ -159,11 +159,11 @@ def _decided(estimates: Sequence[Estimate | None]) -> pd.DataFrame:
 
 def published_by_model(*, headline: bool) -> pd.DataFrame:
     """Claims with the published numbers and verdicts of every model, side by side; all of them, or
-    those of the front page."""
+    those of the front page; the index holds their ids."""
     folder = results_root() / "published"
-    shown = claims_table(folder)[["text", "unit", "paper"]]
+    shown = claims_table(folder).set_index("claim")[["text", "unit", "paper"]]
     for name in read_table(folder)["model"].unique():
-        table = claims_table(folder, name)
+        table = claims_table(folder, name).set_index("claim")
         numbers = table["published"] + ": " + table["verdict"]
         shown = shown.assign(**{name: numbers.where(table["published"] != "", "not run")})
     chosen = [not headline or claim["headline"] == "yes" for claim in claims()]

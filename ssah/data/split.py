@@ -144,6 +144,6 @@ def require_disjoint(sets: Mapping[str, Sequence[Row]]) -> None:
             shared = first & second
             if shared:
                 raise SsahError(
-                    f"{one} and {other} have prompts in common ({len(shared)}): a number measured "
-                    "on one of them would be of prompts that the model has seen."
+                    f"{one} and {other} have {len(shared)} prompts in common, so that numbers "
+                    "would be measured on prompts that the model has seen: leave them out of one."
                 )

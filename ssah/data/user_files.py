@@ -88,8 +88,8 @@ def file_sources(config: DataConfig) -> dict[str, FileSource]:
         except TypeError as error:
             fields = ", ".join(field.name for field in dataclasses.fields(FileSource))
             raise InvalidValueError(
-                f"data.files.{name} needs a path and names of columns, all of them texts, and may "
-                f"have only {fields}."
+                f"data.files.{name} takes a path and names of columns, each of them a text; its "
+                f"keys are {fields}."
             ) from error
         if ANSWERED[name] and not found[name].response:
             raise InvalidValueError(f"data.files.{name} needs a column of responses.")
@@ -177,12 +177,12 @@ def _text(value: Any, where: str) -> str:
         said = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == "user"]
         if len(said) != 1 or len(value) > 1:
             raise SsahError(
-                f"{where}: a list of messages that is not one user turn; give prompt and response "
-                "as columns of text."
+                f"{where} is a list of messages, but not of a single user turn: give prompt and "
+                "response as columns of text."
             )
         (value,) = said
     if isinstance(value, dict):
-        raise SsahError(f"{where}: an object where there should be text.")
+        raise SsahError(f"{where} is an object, and must be text.")
     return str(value).strip()
 
 
@@ -194,7 +194,8 @@ def _local_records(name: str, path: Path) -> list[dict[str, Any]]:
     kind = path.suffix.lower()
     if kind not in READERS:
         raise SsahError(
-            f"data.files.{name}: {path} is of no kind that can be read: {', '.join(READERS)}."
+            f"data.files.{name}: {path} cannot be read: its name must end in one of "
+            f"{', '.join(READERS)}."
         )
     try:
         found = READERS[kind](path)
@@ -206,7 +207,7 @@ def _local_records(name: str, path: Path) -> list[dict[str, Any]]:
         reason = str(error).split("\n")[0]
         raise SsahError(f"data.files.{name}: {path} is no {kind} file ({reason}).") from error
     if not all(isinstance(record, dict) for record in found):
-        raise SsahError(f"data.files.{name}: {path} is no list of objects.")
+        raise SsahError(f"data.files.{name}: {path} must hold a list of objects.")
     return found
 
 

@@ -72,7 +72,7 @@ def read_labelled(
         raise SsahError(f"{path} has no rows.")
     empty = frame[label].isna() | (frame[label].astype(str).str.strip() == "")
     if empty.any():
-        raise SsahError(f"{path}, row {int(empty.argmax()) + 1}: no label in column '{label}'.")
+        raise SsahError(f"{path} has no label in row {int(empty.argmax()) + 1}, column '{label}'.")
     prompts = frame[prompt].fillna("").astype(str) if prompt else [""] * len(frame)
     texts = frame[text].fillna("").astype(str)
     completions = [Completion(p, t) for p, t in zip(prompts, texts, strict=True)]

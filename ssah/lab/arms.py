@@ -46,24 +46,22 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """For people: ``ESU removed``, ``instructions, 2 epochs: nothing frozen`` and so on."""
-        units, setting = units_name(self.rule, self.like), units_name("", "", self.setting)
-        draw = f", draw {self.draw}" if self.draw else ""
+        """For people: ``random units removed (matched to ESU)``, ``instructions, 2 epochs: nothing
+        frozen`` and so on."""
+        units = "random units" if self.rule == "random" else self.rule
+        rest = f" (matched to {self.like})" if self.like else ""
+        rest += units_name("", "", self.setting) + (f", draw {self.draw}" if self.draw else "")
         trained = f"{self.attack}, {self.epoch} epoch{'s' if self.epoch > 1 else ''}: "
         after = trained if self.attack else ""
-        if self.method == "removed":
-            return f"{units} removed{setting}{draw}"
-        if self.method == "frozen":
-            return f"{after}{units} frozen{setting}{draw}"
-        if self.method == "patched":
-            return f"{after}{units} patched{setting}{draw}"
+        if self.method in ("removed", "frozen", "patched"):
+            return f"{after}{units} {self.method}{rest}"
         if self.method == "defended":
-            return f"{after}defended by {units}{setting}"
+            return f"{after}defended by {units}{rest}"
         if self.method == "adapted":
-            return f"{after}{units}{setting}"
+            return f"{after}{units}{rest}"
         if self.method == "trained":
-            return f"{after}aligned through {units}{setting}{draw}"
-        return f"{self.base}{setting}"
+            return f"{after}aligned through {units}{rest}"
+        return f"{self.base}{rest}"
 
 
 def units_name(rule: str, like: str = "", setting: str = "") -> str:

@@ -67,7 +67,9 @@ def locate(store: Store, config: ModelConfig) -> Checkpoint:
     else:
         if folder.is_dir():
             if not (folder / "config.json").exists() or not [*folder.glob("*.safetensors")]:
-                raise SsahError(f"{folder} holds no config.json with *.safetensors: not a model.")
+                raise SsahError(
+                    f"{folder} is not a model: it holds no config.json with *.safetensors."
+                )
             return Checkpoint(str(folder), digest(_files_of(folder)))
         if config.source.startswith((".", "/", "~")):
             raise SsahError(f"model.source={config.source} does not exist: check the path.")

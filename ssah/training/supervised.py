@@ -156,7 +156,7 @@ def supervised_finetune(
     )
     if max(arguments.n_gpu, arguments.world_size) > 1:
         raise SsahError(
-            "Trainings of a study run in one process on one device: set CUDA_VISIBLE_DEVICES=0, or "
+            "A study trains in one process on one device: set CUDA_VISIBLE_DEVICES=0, or "
             "send each model to a device of its own with `ssah submit`."
         )
     trainer = ResponseTrainer(

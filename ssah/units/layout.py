@@ -121,7 +121,8 @@ class UnitLayout:
         if len(blocks) != expected:
             raise UnsupportedModelError(
                 f"{len(blocks)} of the {expected} attention and MLP blocks of this "
-                f"{config.model_type} were found: is it whole, and no mixture of experts?"
+                f"{config.model_type} were found: it may be incomplete, or a mixture of experts, "
+                "which has no unit layout here."
             )
         return cls(config.model_type, unit_kind, tuple(blocks))
 

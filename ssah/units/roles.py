@@ -66,11 +66,11 @@ class Roles:
         difference = torch.cat(list(self.difference.values()))
         wanted = round(fraction * len(member))
         if fraction < 0:
-            raise InvalidValueError(f"{fraction:.1%} of all units is less than none.")
+            raise InvalidValueError(f"{fraction:.1%} of all units is negative: ask for 0 or more.")
         if wanted > int(member.sum()):
             raise InvalidValueError(
-                f"{fraction:.1%} of all units is more than all of {group} "
-                f"({int(member.sum()) / len(member):.1%})."
+                f"{fraction:.1%} of all units is more than {group} has "
+                f"({int(member.sum()) / len(member):.1%}): ask for less."
             )
         order = difference.masked_fill(~member, -torch.inf).argsort(descending=True, stable=True)
         chosen = torch.zeros_like(member)
@@ -135,7 +135,8 @@ def classify(
     eligible = torch.cat([torch.full((b.units,), b.kind in redundant_kinds) for b in layout.blocks])
     if round(shares.ru * layout.units) > int(eligible.sum()):
         raise InvalidValueError(
-            f"A share of {shares.ru:.1%} is more than the {', '.join(redundant_kinds)} units."
+            f"RU cannot be {shares.ru:.1%} of all units, since the units of "
+            f"{', '.join(redundant_kinds)} are fewer: choose a smaller share."
         )
     total = total.masked_fill(~eligible, torch.inf)
     rankings = (("RU", shares.ru, total), ("ESU", shares.esu, -difference))

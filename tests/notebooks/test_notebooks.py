@@ -182,7 +182,7 @@ def test_an_unknown_notebook_is_refused_with_the_nearest(project):
 @pytest.mark.parametrize("parameters", ["profile = 'smoke'", f"{PARAMETERS_CELL}\nextra = 1"])
 def test_a_notebook_with_other_parameters_is_refused(project, parameters):
     write_notebook(project, "tiny", "1", parameters)
-    with pytest.raises(SsahError, match=r"tiny\.ipynb declares"):
+    with pytest.raises(SsahError, match=r"tiny\.ipynb declares .* it must declare"):
         execute("tiny", project / "results", "smoke")
     assert not (project / "results").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from ssah.app.report import claim_blocks
 from ssah.artefacts import ARTEFACTS
 from ssah.claims import table as claims_module
 from ssah.claims.table import (
@@ -15,6 +16,8 @@ from ssah.claims.table import (
     update_claims,
     verdict,
 )
+from ssah.core.errors import SsahError
+from ssah.core.paths import project_root
 from ssah.evaluate.stats import Estimate
 from ssah.lab.table import typed, write_table
 
@@ -187,3 +190,22 @@ def test_seeds_are_named_where_others_have_more(tmp_path, monkeypatch):
     found = claims_table(tmp_path / "published").set_index("claim")["published"]
     assert found["one"] == "20.00 [15.00, 25.00]"
     assert found["two"] == "30.00 [20.00, 40.00] (seed 0)"
+
+
+# --- pages that name claims ------------------------------------------------------------------
+
+
+def test_the_questions_show_claims_that_there_are():
+    blocks = claim_blocks("docs/faq.md")
+    assert blocks
+    shown = published_by_model(headline=False)
+    text = (project_root() / "docs" / "faq.md").read_text("utf-8")
+    for block, names in blocks:
+        assert shown.loc[names].to_markdown(index=False) in text, block
+
+
+def test_a_page_that_names_a_claim_that_there_is_not(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text("<!-- claims esu_are_fewer:begin -->")
+    monkeypatch.setattr("ssah.app.report.project_root", lambda: tmp_path)
+    with pytest.raises(SsahError, match=r"page\.md.*'esu_are_fewer': did you mean 'esu_are_few'"):
+        claim_blocks("page.md")

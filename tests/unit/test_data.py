@@ -214,7 +214,7 @@ def test_a_prompt_in_two_parts_is_refused():
     row = Row("0", "Bake bread", "test", "MIT")
     other = Row("1", "bake  BREAD", "test", "MIT")
     with pytest.raises(
-        SsahError, match=r"harmful_align and harmful_evaluation have prompts in common \(1\)"
+        SsahError, match=r"harmful_align and harmful_evaluation have 1 prompts in common"
     ):
         require_disjoint({"harmful_align": [row], "harmful_evaluation": [other]})
     require_disjoint({"harmful_align": [row], "benign_evaluation": [other]})

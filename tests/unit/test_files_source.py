@@ -184,7 +184,7 @@ def test_kinds_of_files(tmp_path, two_files, name, content):
 def test_a_specification_that_means_nothing_is_one_sentence(tmp_path, two_files, given_as):
     others = [o for o in two_files if not o.startswith("data.files.harmful")]
     said = sentence_of(tmp_path, [*others, f"data.files.harmful={given_as}"])
-    assert said.startswith("data.files.harmful needs a path and names of columns")
+    assert said.startswith("data.files.harmful takes a path and names of columns")
 
 
 def test_benign_rows_need_a_column_of_responses(tmp_path, two_files):
@@ -198,20 +198,20 @@ def test_benign_rows_need_a_column_of_responses(tmp_path, two_files):
     ("file", "content", "says"),
     [
         ("absent.csv", None, "data.files.harmful: there is no file"),
-        ("a.xlsx", b"PK", "is of no kind that can be read: .csv, .tsv, .json, .jsonl"),
+        ("a.xlsx", b"PK", "its name must end in one of .csv, .tsv, .json, .jsonl"),
         ("a.parquet", b"PAR1", "is no .parquet file"),
-        ("a.json", b"[1, 2]", "is no list of objects"),
+        ("a.json", b"[1, 2]", "must hold a list of objects"),
         ("a.csv", b"", "is no .csv file (No columns to parse"),
         ("a.csv", b"prompt\n\xff\xfa\xff", "is not UTF-8 text: save it as UTF-8"),
         ("a.json", b"{", "is no .json file"),
         ("a.jsonl", b'{"prompt": "x"}\n{"pro', "is no .jsonl file"),
         ("a.csv", b"text\nx", "has no column prompt; it has text"),
         ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b'{"prompt": {"a": 1}}', "row 1, prompt: an object where there should be text"),
+        ("a.jsonl", b'{"prompt": {"a": 1}}', "row 1, prompt is an object, and must be text"),
         (
             "a.jsonl",
             b'{"prompt": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
-            "row 1, prompt: a list of messages that is not one user turn",
+            "row 1, prompt is a list of messages, but not of a single user turn",
         ),
     ],
 )
@@ -314,12 +314,12 @@ def test_table_2_of_the_users_files(tmp_path, results, two_files):
     assert set(found[found["metric"] == "ASR"]["n"]) == {8}
 
 
-# --- what docs/data.md says ------------------------------------------------------------------
+# --- what docs/tutorials/own_data.md says ----------------------------------------------------
 
 
 def documented() -> list[str]:
-    """The overrides of the command in docs/data.md, as a shell would give them."""
-    text = (project_root() / "docs" / "data.md").read_text("utf-8")
+    """The overrides of the command in docs/tutorials/own_data.md, as a shell would give them."""
+    text = (project_root() / "docs" / "tutorials" / "own_data.md").read_text("utf-8")
     (command,) = re.findall(r"```bash\n(python -m ssah table1 data=files .*?)```", text, re.DOTALL)
     return shlex.split(command.replace("\\\n", " "))[4:]
 

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from ssah import __version__
 from ssah.app.cli import ssah
 from ssah.artefacts import ARTEFACTS
 from ssah.core.paths import project_root
@@ -25,7 +26,9 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 TOP = [
+    "CHANGELOG.md",
     "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
     "README.md",
@@ -44,6 +47,15 @@ TOP = [
 @pytest.mark.parametrize("name", TOP)
 def test_top_level_names_exist(name):
     assert (ROOT / name).exists()
+
+
+def test_the_version_is_the_same_everywhere():
+    """The distribution takes it from the package; papers and people read the other two."""
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "ssah/__init__.py"
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    changed = re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changed is not None
+    assert __version__ == cited == changed[1]
 
 
 def test_floors_import_only_downwards():
@@ -103,7 +115,7 @@ def test_every_dependency_is_pinned_within_its_range(requirement):
 
 def test_the_extras_are_those_that_are_promised():
     extras = set(PYPROJECT["project"]["optional-dependencies"])
-    assert extras == {"study", "cluster", "lm-eval", "dev"}
+    assert extras == {"study", "cluster", "lm-eval", "docs", "dev"}
 
 
 _METHOD = """

@@ -111,7 +111,7 @@ def test_redundant_units_of_chosen_kinds_only():
     assert positions(classify_flat(safety, [0.0] * 10, shares).mask("RU")) == [0, 1]
     roles = classify_flat(safety, [0.0] * 10, shares, redundant_kinds=("mlp",))
     assert positions(roles.mask("RU")) == [2, 3]
-    with pytest.raises(ValueError, match=r"30\.0% is more than the attn units"):
+    with pytest.raises(ValueError, match=r"30\.0% of all units, since the units of attn are fewer"):
         classify_flat(safety, [0.0] * 10, Shares(0.3, 0, 0), redundant_kinds=("attn",))
 
 
@@ -137,7 +137,7 @@ def test_top_takes_a_percentage_of_all_units(roles):
 
 
 def test_top_of_more_than_the_group_is_an_error(roles):
-    with pytest.raises(ValueError, match=r"80\.0% of all units is more than all of CU \(70\.0%\)"):
+    with pytest.raises(ValueError, match=r"80\.0% of all units is more than CU has \(70\.0%\)"):
         roles.top("CU", 0.8)
 
 

@@ -142,7 +142,7 @@ def test_misspelt_choices_of_the_library_are_refused(tiny_model):
         ("CU:", "'CU:' is no group of units"),
         ("CU:six%", "'CU:six%' is no group of units"),
         ("cu", "group='cu' is unknown: choose from RU, ESU, EUU, CU"),
-        ("CU:99%", "is more than all of CU"),
+        ("CU:99%", "is more than CU has"),
     ],
 )
 def test_a_group_that_is_none_is_refused(tiny_model, group, says):

@@ -127,7 +127,7 @@ def _attack(lab: Lab, attack: str) -> tuple[Lesson, Lesson]:
     if count + config.heldout_rows > len(pool):
         raise SsahError(
             f"finetune.rows.{attack}={count} and finetune.heldout_rows={config.heldout_rows} "
-            f"ask for more than the {len(pool)} rows that there are."
+            f"ask for more than the {len(pool)} rows that there are: lower one of them."
         )
     chosen = lab.draw(f"attack/{attack}", pool, count + config.heldout_rows)
     limit = config.max_response_tokens
