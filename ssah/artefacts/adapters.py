@@ -21,7 +21,7 @@ from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows
 
 _PAPER_ARMS = {
     NOTHING: "full", ALL_CU: "freeze_esu_cu_all",
-    "LoRA": "lora", "LLaMA-Adapter": "llama_adapter", "prefix tuning": "prefix",
+    "LoRA": "lora", "LLaMA-Adapter": "llama_adapter", "prefix-tuning": "prefix",
 }  # fmt: skip
 
 _PAPERS = (
