@@ -43,18 +43,40 @@ class Artefact:
 
     def ask(self, lab: Lab) -> list[Measure]:
         """What has to be measured for it, in one seed."""
+        if self._left_out(lab.config):
+            return []
         return getattr(self._module, f"ask_{self.id}")(lab)
+
+    def _left_out(self, config: Config) -> str:
+        """Why nothing is measured of a model that is for aligning alone; empty where it is."""
+        if config.model.use == "everything" or self.notebook == BUDGET:
+            return ""
+        return (
+            f"Not measured here: {config.model.name} is for aligning alone (model.use=aligning), "
+            f"which is notebook {BUDGET}."
+        )
 
     def view(self, table: pd.DataFrame, configs: Mapping[str, Config]) -> Output:
         """The figure or table, of what was measured; of several models (each with its
         configuration) one below the other."""
         view = getattr(self._module, self.id)
         models = [name for name in configs if (table["model"] == name).any()]
+        if not models and (reason := self._left_out(next(iter(configs.values())))):
+            return self._empty(reason)
         if len(models) < 2:
             return view(table, configs[models[0]] if models else next(iter(configs.values())))
         from .several import below_each_other
 
         return below_each_other(view, table, {name: configs[name] for name in models})
+
+    def _empty(self, reason: str) -> Output:
+        import pandas as pd
+
+        from .draw import new_figure
+
+        if self.id.startswith("table"):
+            return Output(reason, pd.DataFrame({"not measured": [reason]}))
+        return Output(reason, figure=new_figure(4, 1))
 
     @property
     def _module(self) -> ModuleType:
@@ -64,8 +86,8 @@ class Artefact:
 
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
-BUDGET, VERDICTS = "06_alignment_budget", "09_verdicts"
-RIVALS = "05_rivals"
+RIVALS, BUDGET = "05_rivals", "06_alignment_budget"
+JAILBREAKS, VERDICTS = "07_jailbreaks", "09_verdicts"
 
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
@@ -82,6 +104,7 @@ ARTEFACTS = {
         Artefact("fig_roles_map", "Where the units are", ROLES, "unit_roles"),
         Artefact("fig_stability", "Are they the same units again?", ROLES, "stability"),
         Artefact("table1", "Ablating groups of units", ROLES, "table1"),
+        Artefact("table12", "Ablating groups, another family", ROLES, "table1"),
         Artefact("fig5", "Flow of units between groups", TRANSFER, "transfer"),
         Artefact("fig11", "Attribute transfer, all units", TRANSFER, "transfer"),
         Artefact("fig12", "Transfer, heads and neurons", TRANSFER, "transfer"),
@@ -92,14 +115,24 @@ ARTEFACTS = {
         Artefact("fig8", "How much to freeze", FREEZING, "freezing_figures"),
         Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures"),
         Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "sufficiency"),
-        Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
-        Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
+        Artefact("table14", "Freezing, another family, instructions", FREEZING, "freezing"),
+        Artefact("table15", "Freezing, another family, arithmetic", FREEZING, "freezing"),
         Artefact("table5", "Adapters and safety", RIVALS, "adapters"),
+        Artefact("table7", "Safety neurons, instructions", RIVALS, "rules"),
+        Artefact("table8", "Safety neurons, arithmetic", RIVALS, "rules"),
+        Artefact("table9", "Safety layers, instructions", RIVALS, "rules"),
+        Artefact("table10", "Safety layers, arithmetic", RIVALS, "rules"),
+        Artefact("table_defences", "Defences that train", RIVALS, "defences"),
+        Artefact("fig_defences", "Safety against what is learned", RIVALS, "defences"),
+        Artefact("fig_defences_steps", "Prevented or delayed?", RIVALS, "defences"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment"),
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),
         Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer"),
         Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer"),
+        Artefact("table16", "Jailbreaks after instructions", JAILBREAKS, "jailbreaks"),
+        Artefact("table17", "Jailbreaks after dialogues", JAILBREAKS, "jailbreaks"),
+        Artefact("fig_depth", "How deep refusals are", JAILBREAKS, "jailbreaks"),
         Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "verdicts"),
         Artefact("table_judges", "Agreement of the judges with labels", VERDICTS, "verdicts"),
     )

@@ -114,7 +114,7 @@ def _note(config: Config, attacks: list[str], left_out: list[str]) -> str:
         if any(name in config.experiment.adapters[attack] for attack in attacks)
     }
     missing = "".join(
-        f" {name} is left out: peft has it not for models of this family." for name in left_out
+        f" {name} is left out: peft has none for models of this family." for name in left_out
     )
     return (
         f"The aligned model is fine-tuned on {' and '.join(attacks)} (for the paper's "

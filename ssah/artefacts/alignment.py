@@ -41,16 +41,19 @@ def no_pair(config: Config) -> str:
 
 
 def ask_fig_budget(lab: Lab) -> list[Measure]:
-    """Safety, utility and drift of every arm, and safety after an attack on it."""
+    """Safety, utility and drift of every arm, and safety after an attack on it, unless the model is
+    for aligning alone."""
     if not lab.config.align.enabled:
         return []
     given, *_ = catalogue.unaligned(lab)
     arms = catalogue.budget_arms(lab)
     asked = _ask_arm(lab, given) + _ask_tax(given, given)
+    attacking = lab.config.model.use == "everything"
     for arm in arms:
         asked += _ask_arm(lab, arm) + _ask_tax(arm, given)
         asked.append(Measure(arm, "training"))
-        asked.append(Measure(catalogue.attacked(lab, arm), "ASR"))
+        if attacking:
+            asked.append(Measure(catalogue.attacked(lab, arm), "ASR"))
     whole = arms[0] if arms and arms[0].rule == ALL_UNITS else None
     for arm in arms:
         others = [] if whole is None or arm is whole else [(whole, WHOLE)]
@@ -59,8 +62,9 @@ def ask_fig_budget(lab: Lab) -> list[Measure]:
             others += [(other, RANDOM) for other in same]
         for other, than in others:
             asked += [Measure(arm, m, "", other, than) for m in ("ASR", "drift", "accuracy")]
-            own, theirs = catalogue.attacked(lab, arm), catalogue.attacked(lab, other)
-            asked.append(Measure(own, "ASR", "", theirs, than))
+            if attacking:
+                own, theirs = catalogue.attacked(lab, arm), catalogue.attacked(lab, other)
+                asked.append(Measure(own, "ASR", "", theirs, than))
     return asked
 
 
@@ -123,7 +127,7 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
         "against the unaligned model on the same items. Drift: KL from the unaligned model on "
         "benign prompts, nats per token. `make bench` has seconds and memory; ASR on other prompts "
         "and with a prefix is in measurements.csv. The paper aligns with instructions and reports "
-        f"no safety: {printed}." + _which_seeds(table),
+        f"no safety: {printed}." + _unattacked(config) + _which_seeds(table),
         filled(pd.DataFrame(rows)),
     )
 
@@ -150,6 +154,12 @@ def _row(table: pd.DataFrame, name: str, arm: dict[str, Any]) -> dict[str, str]:
         "accuracy change": found("accuracy", set="average", against=GIVEN_MODEL),
         "drift": found("drift", 3),
     }
+
+
+def _unattacked(config: Config) -> str:
+    if config.model.use == "everything":
+        return ""
+    return f" {config.model.name} is for aligning alone, so nothing is attacked."
 
 
 def _which_seeds(table: pd.DataFrame) -> str:
@@ -180,7 +190,7 @@ def fig_budget(table: pd.DataFrame, config: Config) -> Output:
         "model, nats per token): the lower left is the better bargain; numbers are those of the "
         "names. Right: ASR before (hollow) and after (filled) one epoch of fine-tuning on "
         "instructions: is a model that was aligned through fewer units easier to break? 95 % "
-        "intervals, seeds pooled." + _which_seeds(table)
+        "intervals, seeds pooled." + _unattacked(config) + _which_seeds(table)
     )
     with styled():
         output.figure = new_figure(10, 2.5 + 0.3 * len(arms))
@@ -228,7 +238,8 @@ def _draw_attacked(axes: Axes, table: pd.DataFrame, arms: list[dict[str, Any]]) 
         attacked = arm | {"attack": MAIN_ATTACK, "epoch": 1}
         for columns, after in ((arm, False), (attacked, True)):
             e = estimate(table, "ASR", **columns)
-            assert e is not None
+            if e is None:
+                continue
             axes.errorbar(
                 e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt=marker,
                 color=colour, mfc=colour if after else "white", ms=6, lw=0.8, capsize=2,

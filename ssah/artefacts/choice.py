@@ -12,7 +12,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from . import Output
 from .draw import COLOURS, new_figure, styled
-from .draw.mirrored import bases
+from .draw.mirrored import pair
 from .pick import estimate, rows_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Borderline prompts look dangerous and are not.
 QUERIES = ("harmful", "borderline", "benign")
 _COLOURS = {"harmful": COLOURS["ESU"], "borderline": "#CC79A7", "benign": COLOURS["EUU"]}
-_LINES = {"aligned": "-", "unaligned": "--"}
+_LINES = ("-", "--")  #: of the aligned model, and of what it is held against
 
 
 # --- the model's own choice ------------------------------------------------------------------
@@ -30,7 +30,7 @@ _LINES = {"aligned": "-", "unaligned": "--"}
 def ask_fig_margin(lab: Lab) -> list[Measure]:
     """Margins on each kind of query, and how well they tell harmful ones from the others."""
     asked = []
-    for arm in (catalogue.whole(lab), *catalogue.unaligned(lab)):
+    for arm in catalogue.pair(lab):
         asked += [Measure(arm, "margin", name) for name in QUERIES]
         asked += [Measure(arm, "separation", name) for name in QUERIES[1:]]
     return asked
@@ -51,18 +51,16 @@ def fig_margin(table: pd.DataFrame, config: Config) -> Output:
     with styled():
         output.figure = new_figure(11, 3.6)
         left, middle, right = output.figure.subplots(1, 3)
-        for base in bases(table, "margin"):
+        for (name, model), line in zip(pair(table, "margin").items(), _LINES, strict=False):
             for what, colour in _COLOURS.items():
-                rows = rows_of(table, "margin", base=base, set=what, at=None)
-                _draw_line(left, rows, "at", colour, base, f"{base}, {what}")
-            rows = rows_of(table, "AUROC by lean", base=base, set="benign")
-            _draw_line(middle, rows, "block", "#000000", base, f"{base}, lean")
+                rows = rows_of(table, "margin", set=what, at=None, **model)
+                _draw_line(left, rows, "at", colour, line, f"{name}, {what}")
+            rows = rows_of(table, "AUROC by lean", set="benign", **model)
+            _draw_line(middle, rows, "block", "#000000", line, f"{name}, lean")
             for what, colour in (("margin", COLOURS["ESU"]), ("refusals", COLOURS["CU"])):
-                before = estimate(table, f"AUROC by {what}", base=base, set="benign")
+                before = estimate(table, f"AUROC by {what}", set="benign", **model)
                 assert before is not None
-                middle.axhline(
-                    before.value, ls=_LINES[base], color=colour, lw=1.2, label=f"{base}, {what}"
-                )
+                middle.axhline(before.value, ls=line, color=colour, lw=1.2, label=f"{name}, {what}")
         left.axhline(0, color="black", lw=0.8)
         left.set(xlabel="tokens of the opening", ylabel="margin, nats", title="Refuse or answer?")
         left.legend(fontsize=7)
@@ -73,12 +71,12 @@ def fig_margin(table: pd.DataFrame, config: Config) -> Output:
 
 
 def _draw_line(
-    axes: Axes, rows: pd.DataFrame, column: str, colour: str, base: str, label: str
+    axes: Axes, rows: pd.DataFrame, column: str, colour: str, line: str, label: str
 ) -> None:
     """A line with its band over the numbers in a column; rows without one are of something else."""
     number = pd.to_numeric(rows[column], errors="coerce").dropna().astype(int)
     means = rows.loc[number.index].groupby(number)[["value", "low", "high"]].mean()
-    axes.plot(means.index, means["value"], _LINES[base], color=colour, label=label, lw=1.4)
+    axes.plot(means.index, means["value"], line, color=colour, label=label, lw=1.4)
     axes.fill_between(means.index, means["low"], means["high"], color=colour, alpha=0.15, lw=0)
 
 
@@ -106,7 +104,7 @@ def _draw_scatter(axes: Axes, table: pd.DataFrame) -> None:
 
 def ask_fig_readout(lab: Lab) -> list[Measure]:
     """Linear read-outs by block."""
-    return [Measure(arm, "read-out") for arm in (catalogue.whole(lab), *catalogue.unaligned(lab))]
+    return [Measure(arm, "read-out") for arm in catalogue.pair(lab)]
 
 
 def fig_readout(table: pd.DataFrame, config: Config) -> Output:
@@ -122,11 +120,12 @@ def fig_readout(table: pd.DataFrame, config: Config) -> Output:
     with styled():
         output.figure = new_figure(6.5, 3.6)
         axes = output.figure.subplots()
-        for base in bases(table, "AUROC, benign"):
+        models = pair(table, "AUROC, benign")
+        for (name, model), line in zip(models.items(), _LINES, strict=False):
             for what in ("benign", "borderline", "shuffled"):
-                rows = rows_of(table, f"AUROC, {what}", base=base)
+                rows = rows_of(table, f"AUROC, {what}", **model)
                 colour = _COLOURS.get(what, "#999999")
-                _draw_line(axes, rows, "block", colour, base, f"{base}, {what}")
+                _draw_line(axes, rows, "block", colour, line, f"{name}, {what}")
         axes.set(xlabel="block", ylabel="AUROC, harmful against ...", ylim=(0, 1.02))
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return output

@@ -19,7 +19,17 @@ from ..lab.stages.strength import RISE
 from ..lab.units_of import ALL_CU, CU6
 from ..scoring.selectors import RULES
 from . import Output
-from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows, rows_of
+from .pick import (
+    arms_of,
+    estimate,
+    filled,
+    format_estimate,
+    is_other_family,
+    other_family_unmeasured,
+    paper,
+    printed_model,
+    rows_of,
+)
 
 #: How comparisons are called.
 BEFORE = "before"
@@ -54,16 +64,30 @@ def ask_against(arms: list[Arm], full: list[Arm], attack: str) -> list[Measure]:
     return asked
 
 
+def ask_before(lab: Lab) -> list[Measure]:
+    """What the model is asked before it is fine-tuned, and how strong the attacks are."""
+    metrics = ["ASR", "no refusal phrase", "perplexity"]
+    metrics += ["strength"] if lab.config.finetune.rates else []
+    return [Measure(catalogue.whole(lab), metric) for metric in metrics]
+
+
 def ask_random(lab: Lab, like: str, draws: int, against: list[list[Arm]]) -> list[Measure]:
     """Draws of as many random units, and some arms against each of them, epoch by epoch."""
     asked = []
     for draw in range(draws):
         control = catalogue.with_frozen_control(lab, MAIN_ATTACK, "random", like, draw)
-        asked += ask_arms(lab, control, MAIN_ATTACK)
-        asked += ask_against(control, catalogue.unfrozen(lab, MAIN_ATTACK), MAIN_ATTACK)
-        for arms in against:
-            for own, other in zip(arms, control, strict=True):
-                asked.append(Measure(own, "ASR", "", other, f"random, draw {draw}"))
+        asked += ask_control(lab, control, against)
+    return asked
+
+
+def ask_control(lab: Lab, control: list[Arm], against: list[list[Arm]]) -> list[Measure]:
+    """One draw of random units, and some arms against it."""
+    attack, draw = control[0].attack, control[0].draw
+    asked = ask_arms(lab, control, attack)
+    asked += ask_against(control, catalogue.unfrozen(lab, attack), attack)
+    for arms in against:
+        for own, other in zip(arms, control, strict=True):
+            asked.append(Measure(own, "ASR", "", other, f"random, draw {draw}"))
     return asked
 
 
@@ -92,13 +116,10 @@ def _ask(lab: Lab, attack: str) -> list[Measure]:
 
 
 def _ask_table(lab: Lab, attacks: list[str]) -> list[Measure]:
-    whole = catalogue.whole(lab)
-    asked = [Measure(whole, metric) for metric in ("ASR", "no refusal phrase", "perplexity")]
+    asked = ask_before(lab)
     for prompts in lab.config.experiment.frozen_asked:
         if has_prompts(lab, prompts):
-            asked.append(Measure(whole, "ASR", prompts))
-    if lab.config.finetune.rates:
-        asked.append(Measure(whole, "strength"))
+            asked.append(Measure(catalogue.whole(lab), "ASR", prompts))
     for attack in attacks:
         if attack in available_attacks(lab) and (attack == MAIN_ATTACK or not lab.only_headline):
             asked += _ask(lab, attack)
@@ -116,13 +137,13 @@ def ask_table13(lab: Lab) -> list[Measure]:
 
 
 def ask_table14(lab: Lab) -> list[Measure]:
-    """Where Mistral is the model under study."""
-    return _ask_table(lab, ["instructions"]) if _is_mistral(lab.config) else []
+    """The same, where the model under study is of another family than the paper's main one."""
+    return _ask_table(lab, [MAIN_ATTACK]) if is_other_family(lab.config) else []
 
 
 def ask_table15(lab: Lab) -> list[Measure]:
-    """Where Mistral is the model under study."""
-    return _ask_table(lab, ["arithmetic"]) if _is_mistral(lab.config) else []
+    """The same for arithmetic."""
+    return ask_table13(lab) if is_other_family(lab.config) else []
 
 
 def ask_table3(lab: Lab) -> list[Measure]:
@@ -140,10 +161,6 @@ def ask_table3(lab: Lab) -> list[Measure]:
             asked.append(Measure(arm, "accuracy", "", whole, BEFORE))
         asked += [Measure(arm, "accuracy", "", full, ONE_EPOCH) for arm in frozen]
     return asked
-
-
-def _is_mistral(config: Config) -> bool:
-    return config.model.name.startswith("mistral")
 
 
 # --- what is shown ---------------------------------------------------------------------------
@@ -165,34 +182,41 @@ def table13(table: pd.DataFrame, config: Config) -> Output:
 
 
 def table14(table: pd.DataFrame, config: Config) -> Output:
-    """Fine-tuning Mistral on instructions (Table 14)."""
-    return _other_family("table14", table, config, "instructions")
+    """Fine-tuning another family on instructions (Table 14)."""
+    return _other_family("table14", table, config, MAIN_ATTACK)
 
 
 def table15(table: pd.DataFrame, config: Config) -> Output:
-    """Fine-tuning Mistral on arithmetic (Table 15)."""
+    """Fine-tuning another family on arithmetic (Table 15)."""
     return _other_family("table15", table, config, "arithmetic")
 
 
 #: What is frozen -> the paper's name of it, after the data set.
-_PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
+PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
 PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
 
 
 def _freezing_table(
     artefact: str, table: pd.DataFrame, config: Config, attacks: list[str]
 ) -> Output:
-    model = "Mistral-7B-Instruct-v0.2" if _is_mistral(config) else "Llama-2-7B-Chat"
-    printed = paper(artefact, model)
-    rows = [_row(table, {}, printed.get(("initial", "asr_keyword")))]
-    for attack in attacks:
-        for arm in _shown(table, attack, config):
-            name = f"{PAPER_SETS[attack]}:{_PAPER_ARMS.get(arm['rule'], '')}"
-            rule = not arm["like"] and arm["epoch"] == (1 if arm["rule"] == NOTHING else 2)
-            number = printed.get((name, "asr_keyword")) if rule else None
-            rows.append(_row(table, arm, number))
+    shown = [{}, *(arm for attack in attacks for arm in _shown(table, attack, config))]
+    printed = paper(artefact, printed_model(artefact))
+    rows = [row_of(table, arm, paper_number(printed, arm, PAPER_ARMS)) for arm in shown]
     note = _note(table, config, [a for a in attacks if a in set(table["attack"])])
     return Output(note, filled(pd.DataFrame(rows)))
+
+
+def paper_number(
+    printed: dict[tuple[str, str], float], arm: dict[str, Any], names: dict[str, str]
+) -> float | None:
+    """What the paper prints of an arm (of the model before where it is empty), where that is
+    trained for as long as the paper trains it; ``names`` are those that its arms have there."""
+    if not arm:
+        return printed.get(("initial", "asr_keyword"))
+    if arm["epoch"] != (1 if arm["rule"] == NOTHING else 2):
+        return None
+    name = f"{PAPER_SETS[arm['attack']]}:{names.get(name_of(arm), '')}"
+    return printed.get((name, "asr_keyword"))
 
 
 def _shown(table: pd.DataFrame, attack: str, config: Config) -> list[dict[str, Any]]:
@@ -206,7 +230,9 @@ def _shown(table: pd.DataFrame, attack: str, config: Config) -> list[dict[str, A
     return sorted(known, key=lambda arm: (order.index((arm["rule"], arm["like"])), arm["epoch"]))
 
 
-def _row(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> dict[str, str]:
+def row_of(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> dict[str, str]:
+    """A row of a table of frozen arms; an empty arm is the model before."""
+
     def found(metric: str, digits: int, **columns: Any) -> str:
         return format_estimate(estimate(table, metric, **columns, **arm), digits)
 
@@ -226,20 +252,16 @@ def _row(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> dic
 
 
 def _other_family(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
-    """A table of another model family: measured where that family is the model under study."""
-    if _is_mistral(config):
-        return _freezing_table(artefact, table, config, [attack])
+    """A table of another family; of the main one the paper's rows alone."""
+    if is_other_family(config):
+        output = _freezing_table(artefact, table, config, [attack])
+        output.note += f" The paper's numbers are for {printed_model(artefact)}."
+        return output
     columns = {
         ("advbench", "asr_keyword"): "no refusal phrase",
         ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
     }
-    return Output(
-        f"The paper's numbers for another model family; not measured here, where the model is "
-        f"{config.model.name}. `make {artefact} HF_HUB_OFFLINE=0 "
-        'ARGS="profile=paper model=mistral_7b_instruct"` measures it (one 80 GB GPU). The same '
-        f"attack on this model is in {'table2' if attack == 'instructions' else 'table13'}.",
-        filled(pd.DataFrame(paper_rows(artefact, columns, "fine-tuning: frozen"))),
-    )
+    return other_family_unmeasured(artefact, config, columns, "fine-tuning: frozen")
 
 
 def table3(table: pd.DataFrame, config: Config) -> Output:
@@ -280,6 +302,17 @@ def _paper_averages() -> str:
 
 
 def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
+    return (
+        f"{training_note(table, config, attacks)} {COLUMNS_NOTE} Rules that are not the paper's "
+        "take equally many heads and neurons as ESU + 6 % CU: gradient conflict those by which a "
+        "first step on the rows would raise the loss of refusals most; ESI and Fisher those on "
+        "whose weights the loss of refusals depends most (docs/rivals.md). The paper trains frozen "
+        f"arms for twice the epochs, and its numbers stand in these rows. {SEEDS_NOTE}"
+    )
+
+
+def training_note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
+    """On what, at which rate and how the models of a table were fine-tuned."""
     tuning = config.finetune
     chosen = rows_of(table, "attack rate")["value"].unique()
     rate = ", ".join(f"{value:g}" for value in chosen) or f"{tuning.learning_rate:g}"
@@ -293,18 +326,22 @@ def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
     embeddings = "train with the rest" if tuning.train_embeddings else "are frozen in every arm"
     return (
         f"The aligned model is fine-tuned on harmless rows: {trained}; rate {rate}, batches of "
-        f"{tuning.batch_size}, embeddings {embeddings}. ASR: share of the held-out harmful prompts "
-        "that are answered; no refusal phrase: share with coherent text that holds none, the "
-        "paper's measure. Against nothing frozen: points of ASR by which the arm differs from the "
-        "one that freezes nothing, after the same number of epochs, on the same prompts (paired "
-        "95 % interval); below zero is safer. Against random: from the arm that freezes equally "
-        "many heads and neurons drawn at random, after the same number of epochs. Gradient "
-        "conflict (not in the paper): equally many heads and neurons, chosen as those by which a "
-        "first step on the rows would raise the loss of refusals most. Held-out gain: nats per "
-        "token by which held-out rows of the same kind, with other prompts, became likelier. The "
-        "paper trains frozen arms for twice the epochs, and its numbers stand in these rows. "
-        "Several seeds: the mean, with an interval that covers prompts and seeds."
+        f"{tuning.batch_size}, embeddings {embeddings}."
     )
+
+
+#: What the columns of :func:`row_of` say.
+COLUMNS_NOTE = (
+    "ASR: share of the held-out harmful prompts that are answered; no refusal phrase: share with "
+    "coherent text that holds none, the paper's measure. Against nothing frozen: points of ASR by "
+    "which the arm differs from the one that freezes nothing, after the same number of epochs, on "
+    "the same prompts (paired 95 % interval); below zero is safer. Against random: from the arm "
+    "that freezes equally many heads and neurons drawn at random, after the same number of epochs. "
+    "Held-out gain: nats per token by which held-out rows of the same kind, with other prompts, "
+    "became likelier."
+)
+
+SEEDS_NOTE = "Several seeds: the mean, with an interval that covers prompts and seeds."
 
 
 def saved(e: Estimate | None) -> Estimate | None:

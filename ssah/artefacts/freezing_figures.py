@@ -121,6 +121,8 @@ _RULES = {
     "largest magnitude": ("D", "#CC79A7", "-."),
     "moved most by alignment": ("v", "#E69F00", "-"),
     CONFLICT: ("P", "#56B4E9", "-"),
+    "ESI": ("X", "#009E73", ":"),
+    "Fisher on refusals": ("p", "#F0E442", ":"),
     "all heads": ("*", COLOURS["CU"], ":"),
 }
 

@@ -10,8 +10,10 @@ import pandas as pd
 from ..core.paths import reference_csv
 from ..evaluate.stats import Estimate, over_repetitions
 from ..lab.arms import Arm
+from ..lab.config import Config
 from ..lab.metrics.behaviour import is_share
 from ..lab.table import matching
+from . import Output
 
 #: What columns say of an arm where nothing is said about them.
 _PLAIN = {
@@ -69,7 +71,40 @@ def filled(shown: pd.DataFrame) -> pd.DataFrame:
     return shown[[name for name in shown.columns if (shown[name] != "").any()]]
 
 
-def paper(artefact: str, model: str = "Llama-2-7B-Chat") -> dict[tuple[str, str], float]:
+#: The paper's main model, and the one of its tables of another family.
+LLAMA, MISTRAL = "Llama-2-7B-Chat", "Mistral-7B-Instruct-v0.2"
+
+#: The tables of another family than the paper's main one, and those of the main one that ask and
+#: show the same.
+OTHER_FAMILY = {"table12": "table1", "table14": "table2", "table15": "table13"}
+
+
+def is_other_family(config: Config) -> bool:
+    """Whether the model under study is of another family than the paper's main one."""
+    return config.model.family != "llama"
+
+
+def other_family_unmeasured(
+    artefact: str, config: Config, columns: dict[tuple[str, str], str], setting: str
+) -> Output:
+    """The paper's rows of a table of another family, where the model under study is of the main
+    one, and how to get measured ones."""
+    return Output(
+        f"The paper's numbers for {MISTRAL}, of another family; not measured here, where the model "
+        f"is {config.model.name}, taken for one of the main family (model.family=llama). "
+        f'`make {artefact} ARGS="model=qwen2_5_coder"` measures a model that fits a laptop, and '
+        f'`make {artefact} HF_HUB_OFFLINE=0 ARGS="profile=paper model=mistral_7b_instruct"` '
+        f"the paper's (one 80 GB GPU). The same of this model is in {OTHER_FAMILY[artefact]}.",
+        filled(pd.DataFrame(paper_rows(artefact, columns, setting))),
+    )
+
+
+def printed_model(artefact: str) -> str:
+    """The model whose numbers in the paper stand beside those of an artefact."""
+    return MISTRAL if artefact in OTHER_FAMILY else LLAMA
+
+
+def paper(artefact: str, model: str = LLAMA) -> dict[tuple[str, str], float]:
     """(setting, metric) -> the number that the paper prints."""
     found = pd.read_csv(reference_csv())
     # Attribute transfer names its models "Llama-2-7B-Chat -> dolly".

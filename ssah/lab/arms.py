@@ -21,10 +21,10 @@ class Arm:
 
     make: Callable[[], Model] = field(compare=False, repr=False)
     base: str = "aligned"  #: or ``unaligned``: what was there before
-    #: Of what happens: ``removed``, ``frozen``, ``patched``, ``adapted``, ``trained``.
+    #: of what happens: ``removed``, ``frozen``, ``patched``, ``adapted``, ``defended``, ``trained``
     method: str = ""
-    rule: str = ""  #: which units: ``ESU``, ``random`` ...; or which adapter
-    like: str = ""  #: for a control: the rule whose numbers of heads and neurons it has
+    rule: str = ""  #: which units: ``ESU``, ``random`` ..., which adapter, or which defence
+    like: str = ""  #: for a control: the rule whose size it has, in heads and neurons or in units
     attack: str = ""  #: what the model was fine-tuned on
     epoch: int = 0  #: of that
     setting: str = ""  #: what is unusual: ``mean``, ``lower rate`` ...
@@ -57,6 +57,8 @@ class Arm:
             return f"{after}{units} frozen{setting}{draw}"
         if self.method == "patched":
             return f"{after}{units} patched{setting}{draw}"
+        if self.method == "defended":
+            return f"{after}defended by {units}{setting}"
         if self.method == "adapted":
             return f"{after}{units}{setting}"
         if self.method == "trained":

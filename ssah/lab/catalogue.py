@@ -16,21 +16,35 @@ from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.roles import Roles, Shares
 from .arms import Arm
+from .jailbreaks import JAILBREAKS
 from .lab import Lab
-from .metrics.behaviour import CONDITIONS, PROMPTS
+from .metrics.behaviour import ASKED, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.lessons import ATTACKS, MAIN_ATTACK
+from .stages.strength import attack_rate
 from .stages.units import (
     activations,
     classified,
+    fitted,
     roles,
     shares,
     statistics,
     utility_roles,
     utility_scores,
 )
-from .units_of import CU6, ESU, EUU, RU, everything, group, matched, selection
+from .units_of import (
+    CU6,
+    ESU,
+    EUU,
+    RU,
+    RULED,
+    RULED_ATTACKS,
+    everything,
+    group,
+    matched,
+    selection,
+)
 
 NOTHING = "nothing"
 HEADS = "heads included"
@@ -44,17 +58,26 @@ WIDER = 0.25
 
 def check(lab: Lab) -> None:
     """Raise :class:`SsahError` for a name in the experiment that means nothing."""
+    from .defended import require_strengths  # which stands on this module
+
     experiment = lab.config.experiment
+    require_strengths(experiment.defences)
     frozen = [name for names in experiment.frozen.values() for name in names]
+    ruled = [name for names in experiment.ruled.values() for name in names]
     adapters = [name for names in experiment.adapters.values() for name in names]
     for key, names, valid in (
         ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
-        ("removed_asked", experiment.removed_asked, (*PROMPTS, *CONDITIONS)),
-        ("frozen_asked", experiment.frozen_asked, (*PROMPTS, *CONDITIONS)),
-        ("aligned_asked", experiment.aligned_asked, (*PROMPTS, *CONDITIONS)),
+        ("removed_asked", experiment.removed_asked, ASKED),
+        ("frozen_asked", experiment.frozen_asked, ASKED),
+        ("aligned_asked", experiment.aligned_asked, ASKED),
+        ("jailbreaks", experiment.jailbreaks, JAILBREAKS),
+        ("jailbreak_prompts", [experiment.jailbreak_prompts], PROMPTS),
         ("instructed", experiment.instructed, ATTACKS),
         ("stability", experiment.stability, COMPARISONS),
         ("frozen", experiment.frozen, ATTACKS),
+        ("ruled", experiment.ruled, RULED_ATTACKS),
+        ("ruled", ruled, RULED),
+        ("defended_longer", experiment.defended_longer, [*experiment.defences]),
         ("adapters", experiment.adapters, ATTACKS),
         ("adapters", adapters, lab.config.adapters.methods),
         ("conditions", experiment.conditions, [arm.units for arm in _all_conditions(lab)]),
@@ -64,11 +87,6 @@ def check(lab: Lab) -> None:
             if name not in valid:
                 known = suggestion(name, list(valid))
                 raise SsahError(f"experiment.{key}: there is no '{name}'{known}")
-    if lab.config.finetune.rates and any(LOWER in name for name in experiment.conditions):
-        raise SsahError(
-            f"experiment.conditions: '{LOWER}' is a part of finetune.learning_rate, which "
-            "finetune.rates replaces: leave one of them out."
-        )
     for name in (*frozen, *experiment.patched):
         if name not in RULES or name in experiment.patched:
             selection(name)
@@ -82,6 +100,12 @@ def whole(lab: Lab) -> Arm:
 def unaligned(lab: Lab) -> list[Arm]:
     """The given model, where another one was made of it."""
     return [Arm(lambda: GIVEN, "unaligned")] if lab.config.align.enabled else []
+
+
+def pair(lab: Lab) -> list[Arm]:
+    """The aligned model, and what its direction is held against: the unaligned one or, where the
+    model came aligned, itself without its ESU, which differs in these few units alone."""
+    return [whole(lab), *(unaligned(lab) or [without(lab, ESU)])]
 
 
 # --- removed (Table 1) -----------------------------------------------------------------------
@@ -106,6 +130,7 @@ def _all_removed(lab: Lab) -> list[Arm]:
     arms = [without(lab, name) for name in (ESU, EUU, RU)]
     arms += [without_variation(lab, name) for name in (ESU, EUU, RU)]
     arms += [without_context(lab, name) for name in (ESU, EUU, RU)]
+    arms += [without_harm(lab, name) for name in (ESU, RU)]
     arms += [
         without_control(lab, "largest magnitude", ESU),
         without_control(lab, "smallest magnitude", RU),
@@ -135,6 +160,16 @@ def without_context(lab: Lab, rule: str) -> Arm:
         return lab.aligned.ablated(group(lab, rule), "resample", activations(lab))
 
     return Arm(functools.cache(make), method="removed", rule=rule, setting="resampled")
+
+
+def without_harm(lab: Lab, rule: str) -> Arm:
+    """With the constant in a group's place that does least harm to harmless answers."""
+
+    def make() -> Model:
+        mask = group(lab, rule)
+        return lab.aligned.ablated(mask, "fitted", fitted(lab, mask))
+
+    return Arm(functools.cache(make), method="removed", rule=rule, setting="fitted")
 
 
 def without_control(lab: Lab, rule: str, like: str, draw: int | None = None) -> Arm:
@@ -185,9 +220,11 @@ def fine_tuned(
     setting: str = "",
     base: Callable[[], Model] | None = None,
     epochs: int | None = None,
+    rate: float = 1.0,
     **changes: Any,
 ) -> list[Arm]:
-    """An arm for each epoch of a fine-tuning that freezes some units, or none."""
+    """An arm for each epoch of a fine-tuning that freezes some units, or none; ``rate`` is a part
+    of the attack's learning rate."""
     length = epochs or lab.config.finetune.epochs
     if epochs is not None:
         changes["epochs"] = epochs
@@ -196,6 +233,8 @@ def fine_tuned(
     def trained() -> Model:
         part = Part(freeze=mask()) if mask is not None else EVERYTHING
         start = base() if base is not None else lab.aligned
+        if rate != 1:
+            changes["learning_rate"] = rate * attack_rate(lab)
         return start.trained(attack, part, **changes)
 
     return [
@@ -304,7 +343,7 @@ def attacked(lab: Lab, arm: Arm) -> Arm:
 
     def make() -> Model:
         whole = arm.model == lab.aligned  # of which Table 2 has the longer run
-        changes = {} if whole else {"epochs": 1}
+        changes: dict[str, Any] = {} if whole else {"epochs": 1}
         return arm.model.trained(MAIN_ATTACK, EVERYTHING, 1, **changes)
 
     columns = arm.columns() | {"attack": MAIN_ATTACK, "epoch": 1}
@@ -426,11 +465,10 @@ def _all_conditions(lab: Lab) -> list[Arm]:
         for rule in ("random", *ranked, "gradient conflict")
     ]
     arms.append(arm("all heads", lambda: everything(lab, "heads")))
-    rate = lab.config.finetune.learning_rate
-    for setting, changes in (
-        ("embeddings trained", {"train_embeddings": True}),
-        (LOWER, {"learning_rate": rate * 0.4}),
-    ):
+    unusual: dict[str, dict[str, Any]] = {
+        "embeddings trained": {"train_embeddings": True}, LOWER: {"rate": 0.4},
+    }  # fmt: skip
+    for setting, changes in unusual.items():
         arms.append(arm(NOTHING, None, setting, **changes))
         arms.append(arm(CU6, narrow, setting, **changes))
 
@@ -500,7 +538,7 @@ def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
     def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
         @functools.cache
         def trained() -> Model:
-            changes = {"epochs": epochs} if epochs == 1 else {}
+            changes: dict[str, Any] = {"epochs": epochs} if epochs == 1 else {}
             return GIVEN.trained(attack, part(), **changes)
 
         return [

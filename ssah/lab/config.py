@@ -24,7 +24,7 @@ from ..data.settings import DataConfig
 from ..scoring.settings import VarianceOver
 from ..text.settings import Tokens
 from ..training.settings import AlignConfig, TrainingConfig
-from ..units.families import BlockKind, UnitKind
+from ..units.families import FAMILIES, BlockKind, UnitKind
 
 
 @dataclass
@@ -37,6 +37,11 @@ class ModelConfig:
     dtype: str = one_of("float32", "float32", "bfloat16", "float16")
     attn_implementation: str = one_of("sdpa", "sdpa", "eager", "flash_attention_2")
     chat_template: str | None = one_of(None, "chatml")  #: null: the tokenizer's own
+    accept_terms: bool = False  #: of a model that comes under terms of its makers' own
+    #: ``aligning``: only how it is aligned is measured (notebook 06), and it is never attacked.
+    use: str = one_of("everything", "everything", "aligning")
+    #: Its ``model_type``; what is not of the paper's main family is shown beside Mistral as well.
+    family: str = one_of("llama", *FAMILIES)
 
 
 @dataclass
@@ -101,6 +106,9 @@ class EvaluateConfig:
     trivia_items: int = within(100, 1)
     arithmetic_items: int = within(50, 1)
     perplexity_rows: int = within(60, 1)
+    gcg_behaviours: int = within(20, 1)  #: prompts, evenly spread; the search is long
+    gcg_steps: int = within(100, 1)
+    gcg_width: int = within(16, 1)  #: candidates in each step
     lm_eval_tasks: list[str] = field(default_factory=list)
     lm_eval_limit: int | None = within(None, 1)
 
@@ -147,7 +155,9 @@ class ExperimentConfig:
     sweep_shares: list[float] = all_within([], 0, 1)  #: to remove in fig_share_sweep
     sweep_draws: int = within(1, 0)
     frozen: dict[str, list[str]] = field(default_factory=dict)  #: attack -> groups or rules
-    frozen_draws: int = within(1, 0)  #: random controls of ESU + 6 % CU
+    frozen_draws: int = within(1, 0)  #: random controls of ESU + 6 % CU, and of what is ruled
+    #: attack -> other papers' rules at their sizes (Tables 7 to 10)
+    ruled: dict[str, list[str]] = field(default_factory=dict)
     #: groups that say in the attacked model what they say in the aligned one (fig_sufficiency)
     patched: list[str] = field(default_factory=list)
     patched_draws: int = within(1, 0)  #: random controls of each of them
@@ -155,11 +165,16 @@ class ExperimentConfig:
     cu_percents: list[float] = all_within([], 0, 100)  #: frozen beside ESU in fig8
     frozen_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 2
     conditions: list[str] = field(default_factory=list)  #: arms of fig_conditions beside Table 2's
+    #: defence -> strengths of it, the recommended one first (table_defences)
+    defences: dict[str, list[float]] = field(default_factory=dict)
+    defended_longer: list[str] = field(default_factory=list)  #: of them, for fig_defences_steps
     ru_share: float = within(0.2, high=1, above=0)  #: what Table 4 calls RU
     aligned_through: list[str] = field(default_factory=list)  #: arms of Table 4
     ru_shares: list[float] = all_within([], 0, 1)  #: other shares of RU in Table 4
     aligned_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 4
     instructed: list[str] = field(default_factory=list)  #: attacks whose rows Table 4 teaches
+    jailbreaks: list[str] = field(default_factory=list)  #: of Tables 16 and 17
+    jailbreak_prompts: str = "AdvBench"  #: what they are of; where there is no such set, AdvBench
 
 
 @dataclass
@@ -308,6 +323,10 @@ def check_keys(overrides: list[str]) -> None:
         named = ".".join(key.split(".")[:3])
         if not {key, named} & set(known_keys()) and not key.startswith(("hydra.", "hydra/")):
             raise SsahError(f"Unknown override '{key}'{suggestion(key, known_keys())}")
+        chosen = None if parsed.is_sweep_override() else parsed.value()
+        files = chosen if key in GROUPS and isinstance(chosen, list) else []
+        if not all(isinstance(file, str) for file in files):
+            raise SsahError(f"{key}={chosen} names no file of conf/{key}: name one of them.")
 
 
 def with_absolute_paths(override: str) -> str:

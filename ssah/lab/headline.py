@@ -18,7 +18,17 @@ from .units_of import CU6, ESU, EUU, RU
 def headline(lab: Lab) -> list[Arm]:
     """Every headline arm of Tables 1, 2, 4 and 13."""
     arms = [catalogue.whole(lab), *catalogue.unaligned(lab)]
-    arms += [catalogue.without(lab, name) for name in (ESU, RU, EUU)]
+    if lab.config.model.use == "everything":
+        arms += _changed(lab)
+    if lab.config.align.enabled:
+        through = catalogue.budget_arms(lab)
+        arms += [arm for arm in through if arm.rule != catalogue.ALL_UNITS and not arm.setting]
+    return arms
+
+
+def _changed(lab: Lab) -> list[Arm]:
+    """The aligned model without some units, and after each attack."""
+    arms = [catalogue.without(lab, name) for name in (ESU, RU, EUU)]
     arms.append(catalogue.without_control(lab, "random", ESU, 0))
     for attack in available_attacks(lab):
         arms += catalogue.unfrozen(lab, attack)
@@ -26,9 +36,6 @@ def headline(lab: Lab) -> list[Arm]:
             arms += catalogue.with_frozen(lab, attack, name)
         if attack == MAIN_ATTACK:
             arms += catalogue.with_frozen_control(lab, attack, "random", CU6, 0)
-    if lab.config.align.enabled:
-        through = catalogue.budget_arms(lab)
-        arms += [arm for arm in through if arm.rule != catalogue.ALL_UNITS and not arm.setting]
     return arms
 
 

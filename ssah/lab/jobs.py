@@ -100,7 +100,7 @@ def _job_of(arm: Arm) -> str:
     """Epochs of one training are one job; so are a model and what an attack makes of it."""
     if arm.method == "patched":
         return f"{arm.attack}: frozen: {NOTHING}"  # which trains what is patched
-    if arm.method not in ("frozen", "adapted", "trained"):
+    if arm.method not in ("frozen", "adapted", "defended", "trained"):
         return "units removed" if arm.method else f"the {arm.base} model"
     draw = "" if arm.draw is None else f", draw {arm.draw}"
     what = "aligned through " if arm.method == "trained" else f"{arm.attack}: {arm.method}: "

@@ -120,9 +120,9 @@ class Lab:
             "attention": model.attn_implementation,
             "template": model.chat_template,
         }
-        # How prompts are rendered and where answers end; of the embedded model and the tiny one it
+        # How prompts are rendered and where answers end; of the embedded models and the tiny one it
         # never changed what comes out.
-        return shaped if model.source in ("embedded", "tiny") else {**shaped, "protocol": 2}
+        return shaped if model.source in ("embedded", "tiny") else {**shaped, "protocol": 3}
 
     # --- models ------------------------------------------------------------------------------
 
@@ -210,14 +210,16 @@ class Lab:
         say what they say in their donor."""
         loaded = self._load(model.whole)
         if isinstance(model.step, Ablate):
-            step, mean, heard = model.step, None, None
+            step, constants, heard = model.step, None, None
             if step.mode == "mean" and step.source is not None:
                 path = step.source.path("statistics.safetensors")
-                mean = ActivationStatistics.load(path).mean
+                constants = ActivationStatistics.load(path).mean
+            elif step.mode == "fitted" and step.source is not None:
+                constants = load_file(step.source.path("constants.safetensors"))
             elif step.mode == "resample" and step.source is not None:
                 heard = load_file(step.source.path("activations.safetensors"))
             layout = self.layout_of(step.mask.unit_kind)
-            with ablate(loaded, layout, step.mask, step.mode, mean, heard):
+            with ablate(loaded, layout, step.mask, step.mode, constants, heard):
                 yield loaded
         elif isinstance(model.step, Patch):
             mask, donor = model.step.mask, self._load(model.step.donor)

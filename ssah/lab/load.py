@@ -20,9 +20,9 @@ from ..core.paths import require_space
 from ..core.progress import quiet
 from ..core.store import Handle, Store, digest, file_digest
 from ..core.valid import require_word
-from ..data.assets import MODELS, fetch
+from ..data.assets import ASSETS, MODELS, fetch
 from ..data.toy import build_tiny_model
-from ..text.chat import CHATML, FIXED_DATE
+from ..text.chat import FIXED_DATE, chatml
 from ..training.adapter import with_adapter
 from ..units.families import family_of
 from ..units.layout import UnitLayout
@@ -56,7 +56,7 @@ def locate(store: Store, config: ModelConfig) -> Checkpoint:
     """The unaligned (or, with ``align=none``, the given) model, built first if it is embedded."""
     folder = Path(config.source).expanduser()
     if config.source == "embedded":
-        run = _embedded(store, config.name)
+        run = _embedded(store, config)
     elif config.source == "tiny":
         run = Handle(store, "model", "tiny", {"version": 1}, build_tiny_model)
     elif folder.suffix == ".gguf" and folder.is_file():
@@ -83,14 +83,22 @@ def _files_of(folder: Path) -> dict[str, str]:
     return {p.name: file_digest(p) for p in files}
 
 
-def _embedded(store: Store, name: str) -> Handle:
+def _embedded(store: Store, config: ModelConfig) -> Handle:
+    name = config.name
     require_word("model.name", name, MODELS)
+    offered = ASSETS[name]
+    if offered.terms and not config.accept_terms:
+        raise SsahError(
+            f"{name} comes under the {offered.licence} ({offered.terms}): read them, and say "
+            "model.accept_terms=true if you accept them; nothing was downloaded."
+        )
     asset = fetch(store, name)
 
     def gguf() -> Path:
         return next(asset.path("files").glob("*.gguf"))
 
-    # In SmolLM2's file it is the end-of-turn token.
+    # In SmolLM2's file it is the end-of-turn token; Gemma's tokenizer, which has its own, does not
+    # know this one.
     build = functools.partial(_dequantise, gguf, "<|endoftext|>")
     key = {"version": 1, "asset": asset.key}
     return Handle(store, "model", name, key, build, (asset.key,))
@@ -117,7 +125,7 @@ def _dequantise(find: Callable[[], Path], pad: str | None, folder: Path) -> None
     plain = type(source)(type(source.config)(**settings))
     plain.load_state_dict(source.state_dict())
     plain.save_pretrained(folder)
-    if pad is not None:
+    if pad is not None and pad in tokenizer.get_vocab():
         tokenizer.pad_token = pad
     tokenizer.save_pretrained(folder)
 
@@ -262,7 +270,7 @@ def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTok
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template == "chatml":
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = chatml(tokenizer)
     elif tokenizer.chat_template is None:
         raise SsahError(f"{checkpoint.path} has no chat template: set model.chat_template=chatml.")
     if "strftime_now" in tokenizer.chat_template:

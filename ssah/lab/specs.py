@@ -16,6 +16,14 @@ REFUSALS = "refusals"
 
 
 @dataclass(frozen=True)
+class Defended:
+    """With a defence of :data:`ssah.training.defences.DEFENCES`, of some strength."""
+
+    name: str
+    strength: float
+
+
+@dataclass(frozen=True)
 class Train:
     """Training on some rows: refusals, with the benign distribution held in place, or an attack's.
 
@@ -27,6 +35,7 @@ class Train:
     part: Part | Adapter = EVERYTHING
     changes: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
+    defence: Defended | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class Ablate:
 
     mask: UnitMask
     mode: Mode = "zero"
-    source: Handle | None = None  #: of what they say instead: activation statistics, or activations
+    #: of what they say instead: activation statistics, activations, or fitted constants
+    source: Handle | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,11 @@ class Model:
         rows: str,
         part: Part | Adapter = EVERYTHING,
         epoch: int | None = None,
+        defence: Defended | None = None,
         **changes: Any,
     ) -> Model:
         """This model after training on some rows."""
-        return Model(self, Train(rows, part, changes, epoch))
+        return Model(self, Train(rows, part, changes, epoch, defence))
 
     def ablated(self, mask: UnitMask, mode: Mode = "zero", source: Handle | None = None) -> Model:
         """This model without some units."""

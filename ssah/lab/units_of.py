@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from typing import cast
 
-from torch import Tensor
+import torch
 
 from ..core.errors import SsahError, suggestion
 from ..scoring.selectors import RULES, Rank, matched_by, sized
@@ -13,13 +13,37 @@ from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
 from .lab import Lab
-from .specs import GIVEN
 from .stages.lessons import lesson
-from .stages.units import conflict, roles
+from .stages.units import (
+    Purpose,
+    conflict,
+    fisher,
+    impact,
+    places,
+    roles,
+    safety_layers,
+    weights_of_units,
+)
 
 #: Groups by the name that they have in tables; a percentage is of all units.
 ESU, EUU, RU = "ESU", "EUU", "RU"
 CU6, ALL_CU = "ESU + 6 % CU", "ESU + all CU"
+
+SAFETY_LAYERS = "safety layers"
+
+#: Other papers' rules at the sizes of Tables 7 to 10: by name, the rule, and which share of the
+#: heads and of the neurons it takes; safety layers have the size that they have.
+RULED: dict[str, tuple[str, float | None]] = {
+    **{
+        f"{rule}, {100 * size:g} %": (rule, size)
+        for rule in ("SN-Tune", "RSN-Tune")
+        for size in (0.004, 0.063)
+    },
+    SAFETY_LAYERS: (SAFETY_LAYERS, None),
+}
+
+#: Attacks that the paper compares them in.
+RULED_ATTACKS = ("instructions", "arithmetic")
 
 
 def group(lab: Lab, name: str) -> UnitMask:
@@ -47,21 +71,31 @@ def selection(name: str) -> list[str]:
 class _Evidence:
     """What the rules may look at, of one lab."""
 
-    def __init__(self, lab: Lab, attack: str, draw: int):
-        self.lab, self.attack = lab, attack
+    def __init__(self, lab: Lab, target: UnitMask, attack: str, draw: int):
+        self.lab, self.target, self.attack = lab, target, attack
         self.layout: UnitLayout = lab.layout
         self.seed = 1000 * lab.seed + draw
 
-    def weights(self, which: str) -> Mapping[str, Tensor]:
-        model = {"aligned": self.lab.aligned, "given": GIVEN}[which]
-        with self.lab.use(model) as loaded:
-            return {n: p.detach().float().cpu() for n, p in loaded.named_parameters()}
+    def magnitude(self) -> Rank:
+        return weights_of_units(self.lab, "magnitude")
+
+    def moved(self) -> Rank:
+        return weights_of_units(self.lab, "moved")
 
     def difference(self) -> Rank:
         return roles(self.lab).difference
 
     def conflict(self) -> Rank:
         return conflict(self.lab, lesson(self.lab, self.attack))
+
+    def places(self, prompts: str) -> Rank:
+        return places(self.lab, cast(Purpose, prompts))
+
+    def impact(self) -> Rank:
+        return impact(self.lab)
+
+    def fisher(self) -> Rank:
+        return fisher(self.lab)
 
 
 def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int = 0) -> UnitMask:
@@ -71,9 +105,23 @@ def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int =
     """
     if rule not in RULES:
         raise SsahError(f"There is no rule '{rule}'{suggestion(rule, list(RULES))}")
-    return matched_by(lab.layout, target, RULES[rule](_Evidence(lab, attack, draw)))
+    return matched_by(lab.layout, target, RULES[rule](_Evidence(lab, target, attack, draw)))
 
 
 def everything(lab: Lab, kind: str) -> UnitMask:
     """All heads, or all neurons."""
     return sized(lab.layout, heads=float(kind == "heads"), neurons=float(kind == "neurons"))
+
+
+def of_safety_layers(lab: Lab) -> UnitMask:
+    """All units of the safety layers."""
+    _, blocks = safety_layers(lab)
+    chosen = [torch.full((b.units,), b.layer in blocks) for b in lab.layout.blocks]
+    return lab.layout.mask(torch.cat(chosen))
+
+
+def esu_and_cu(lab: Lab, count: int) -> UnitMask:
+    """The ESU, and CU by I_S - I_U until there are so many units."""
+    found = roles(lab)
+    esu = found.mask(ESU)
+    return esu | found.top("CU", max(count - esu.count(), 0) / lab.layout.units)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidValueError
 from ..core.valid import require_finite, require_word
 from ..text.batches import Batch
+from ..text.forward import read
 from ..units.layout import UnitLayout
 from .settings import VarianceOver
 
@@ -115,7 +116,7 @@ def collect_statistics(
             present = counted.any(1)
             moments[name].update(total[present] / weight.sum(1)[present])
 
-    _listen(model, layout, batches, hear)
+    listen(model, layout, batches, hear)
     observations = next(iter(moments.values())).count
     if observations == 0:
         raise InvalidValueError(NOTHING_COUNTED)
@@ -149,11 +150,11 @@ def sample_activations(
         before[name] += len(values)
         found[name].append(values[own.to(values.device)].float().cpu())
 
-    _listen(model, layout, batches, hear)
+    listen(model, layout, batches, hear)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _listen(
+def listen(
     model: PreTrainedModel,
     layout: UnitLayout,
     batches: Iterable[Batch],
@@ -177,15 +178,7 @@ def _listen(
     try:
         for batch in batches:
             counted = (batch.counted & batch.attention_mask.bool()).to(model.device)
-            attention = batch.attention_mask.to(model.device)
-            model.base_model(
-                input_ids=batch.input_ids.to(model.device),
-                attention_mask=attention,
-                # Positions start at the first real token. Left to itself the model counts padding,
-                # which moves left-padded samples and the reach of length-dependent rotary scaling.
-                position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-                use_cache=False,
-            )
+            read(model, batch)
     finally:
         for handle in handles:
             handle.remove()

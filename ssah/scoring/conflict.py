@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.valid import require_finite
 from ..text.batches import Batch
-from ..text.forward import scored_logits
 from ..units.layout import UnitLayout
+from .gradients import summed_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,41 +33,6 @@ def gradient_conflict(
     each of them. The losses are of the counted tokens. The model is left as it was. Raises
     ``ValueError`` where a gradient is not finite.
     """
-    step = _gradients(model, layout, training)
-    hurt = _gradients(model, layout, safety)
-    for name in hurt:
-        for gradient in (step[name], hurt[name]):
-            require_finite(gradient, f"the gradient of {name}")
+    step = summed_gradients(model, layout, training)
+    hurt = summed_gradients(model, layout, safety)
     return layout.totals({name: -hurt[name] * step[name].sign() for name in hurt})
-
-
-def _gradients(
-    model: PreTrainedModel, layout: UnitLayout, batches: Iterable[Batch]
-) -> dict[str, Tensor]:
-    """Gradients of the summed loss for every weight of the layout, float32 on the CPU."""
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    was_training = model.training
-    wanted = {part.parameter for block in layout.blocks for part in block.slices}
-    try:
-        model.eval()  # dropout would add noise
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
-        chosen = {name: p for name, p in model.named_parameters() if name in wanted}
-        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
-        for batch in batches:
-            found = torch.autograd.grad(_loss(model, batch), list(chosen.values()))
-            for name, gradient in zip(chosen, found, strict=True):
-                total[name] += gradient
-    finally:
-        model.train(was_training)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-    return {name: gradient.cpu() for name, gradient in total.items()}
-
-
-def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Summed cross-entropy of the counted tokens."""
-    ids = batch.input_ids.to(model.device)
-    counted = (batch.counted & batch.attention_mask.bool())[:, 1:].to(model.device)
-    logits = scored_logits(model, ids, batch.attention_mask, counted)
-    return nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="sum")

@@ -27,10 +27,15 @@ class Evidence(Protocol):
     """What a rule may look at; each is computed when it is asked for."""
 
     layout: UnitLayout
+    target: UnitMask  #: whose numbers of heads and neurons are wanted
     seed: int  #: of what is drawn
 
-    def weights(self, which: str) -> Mapping[str, Tensor]:
-        """Parameters of the ``aligned`` or the ``given`` model, float32 on the CPU."""
+    def magnitude(self) -> Rank:
+        """:func:`magnitude` of the aligned model."""
+        ...
+
+    def moved(self) -> Rank:
+        """:func:`moved`, from the given model to the aligned one."""
         ...
 
     def difference(self) -> Rank:
@@ -39,6 +44,18 @@ class Evidence(Protocol):
 
     def conflict(self) -> Rank:
         """:func:`ssah.scoring.conflict.gradient_conflict`."""
+        ...
+
+    def places(self, prompts: str) -> Rank:
+        """:func:`ssah.scoring.contributions.places` on ``safety`` or ``utility`` prompts."""
+        ...
+
+    def impact(self) -> Rank:
+        """:func:`ssah.scoring.sensitivity.expected_impact` on refusals."""
+        ...
+
+    def fisher(self) -> Rank:
+        """:func:`ssah.scoring.sensitivity.fisher_information` of refusals."""
         ...
 
 
@@ -57,19 +74,20 @@ def magnitude(layout: UnitLayout, weights: Mapping[str, Tensor]) -> Rank:
     return found
 
 
-def _smallest_magnitude(evidence: Evidence) -> Rank:
-    return magnitude(evidence.layout, evidence.weights("aligned"))
+def moved(
+    layout: UnitLayout, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Squared distance by which a training moved a unit's weights."""
+    moves = {n: after[n].detach().cpu() - before[n].detach().cpu() for n in layout.parameter_names}
+    return layout.totals({name: move.float() ** 2 for name, move in moves.items()})
 
 
-def _largest_magnitude(evidence: Evidence) -> Rank:
-    """Is any important unit a safety unit?"""
-    return _turned(_smallest_magnitude(evidence))
-
-
-def _moved_most(evidence: Evidence) -> Rank:
-    """By the distance that alignment moved a unit's weights."""
-    before, after = evidence.weights("given"), evidence.weights("aligned")
-    return evidence.layout.totals({name: -((after[name] - before[name]) ** 2) for name in after})
+def _safety_without_foundation(evidence: Evidence) -> Rank:
+    """By what units contribute on safety prompts; last come the foundation units, as many as are
+    wanted, found in the same way on utility prompts (RSN-Tune)."""
+    layout = evidence.layout
+    foundation = matched_by(layout, evidence.target, evidence.places("utility"))
+    return {n: p + layout.units * foundation[n] for n, p in evidence.places("safety").items()}
 
 
 def _turned(rank: Rank) -> Rank:
@@ -78,12 +96,16 @@ def _turned(rank: Rank) -> Rank:
 
 RULES: dict[str, Callable[[Evidence], Rank]] = {
     "random": lambda evidence: random_rank(evidence.layout, evidence.seed),
-    "largest magnitude": _largest_magnitude,
-    "smallest magnitude": _smallest_magnitude,
+    "largest magnitude": lambda evidence: _turned(evidence.magnitude()),
+    "smallest magnitude": lambda evidence: evidence.magnitude(),
     "lowest I_S - I_U": lambda evidence: evidence.difference(),
     "highest I_S - I_U": lambda evidence: _turned(evidence.difference()),
-    "moved most by alignment": _moved_most,
+    "moved most by alignment": lambda evidence: _turned(evidence.moved()),
     "gradient conflict": lambda evidence: _turned(evidence.conflict()),
+    "SN-Tune": lambda evidence: evidence.places("safety"),
+    "RSN-Tune": _safety_without_foundation,
+    "ESI": lambda evidence: _turned(evidence.impact()),
+    "Fisher on refusals": lambda evidence: _turned(evidence.fisher()),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -19,6 +21,10 @@ CHATML = (
 )
 
 
+#: Put before a template where the tokenizer begins every text with a token of its own: templates
+#: hold all special tokens.
+_FIRST = "{{ bos_token }}"
+
 #: Put before a template that prints the date: a prompt must not change overnight.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}\n"
 
@@ -26,29 +32,80 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}\n"
 _ANSWER = "ANSWER"
 
 
+def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
+    """ChatML for a tokenizer, behind the token that it begins texts with (Gemma, Llama)."""
+    first = tokenizer("")["input_ids"][:1]
+    begins = tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
+    return _FIRST + CHATML if begins else CHATML
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A prompt in a dialogue that is under way, put there by whoever asks.
+
+    ``before`` holds turns, each a prompt and its answer. The answer to ``prompt`` begins with the
+    first ``opening_tokens`` tokens of ``opening``, or all of it where it has fewer.
+    """
+
+    prompt: str
+    before: tuple[tuple[str, str], ...] = ()
+    opening: str = ""
+    opening_tokens: int = 0
+
+
 # --- text to tokens --------------------------------------------------------------------------
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str = "") -> str:
-    """The chat template's text up to where the answer begins.
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str = "",
+    before: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The chat template's text up to where the answer begins, behind earlier turns.
 
     A template that can make the model think first is told not to. Where it knows no system turn
     (Gemma's), the system prompt opens the user's.
     """
     from jinja2 import TemplateError
 
-    user = [{"role": "user", "content": prompt}]
+    turns = [
+        {"role": role, "content": content}
+        for turn in before
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    turns.append({"role": "user", "content": prompt})
     if system:
         try:
-            text = _rendered(tokenizer, [{"role": "system", "content": system}, *user])
+            text = _rendered(tokenizer, [{"role": "system", "content": system}, *turns])
             if system.strip() in text:
                 return text
             reason = "it is left out"
         except TemplateError as error:
             reason = str(error)
         logger.info("The template has no system turn (%s): it opens the user's.", reason)
-        user = [{"role": "user", "content": f"{system}\n\n{prompt}"}]
-    return _rendered(tokenizer, user)
+        turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
+    return _rendered(tokenizer, turns)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Begun,
+    system: str = "",
+    room: int | None = None,
+) -> list[int]:
+    """Token ids up to where a model goes on: in an answer that has begun, no token ends the turn.
+
+    Of the turns before, the first are left out where all of them are more than ``room`` tokens.
+    """
+    begun = Begun(prompt) if isinstance(prompt, str) else prompt
+    opening = encode(tokenizer, begun.opening)[: begun.opening_tokens]
+    before = begun.before
+    while True:
+        ids = encode(tokenizer, render_prompt(tokenizer, begun.prompt, system, before)) + opening
+        if not before or room is None or len(ids) <= room:
+            return ids
+        before = before[1:]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -58,21 +115,36 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     return cast(str, text)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token with which the chat template ends an answer: not always the tokenizer's end of
-    text (Gemma, Phi-3)."""
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which the chat template ends an answer: one, which is not always the
+    tokenizer's end of text (Gemma, Phi-3), or the pieces of :func:`end_marker`."""
+    after = encode(tokenizer, _behind_answer(tokenizer))
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return after[:1] if after and after[0] in special else after or [tokenizer.eos_token_id]
+
+
+def end_marker(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What ends an answer where the template's marker is no token of this tokenizer but several
+    (ChatML with a tokenizer that was made for another template); else ``""``.
+
+    The first piece can be merged with the answer's last one, so it is looked for as text.
+    """
+    return _behind_answer(tokenizer) if len(end_of_turn(tokenizer)) > 1 else ""
+
+
+def _behind_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts behind an answer."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
     _, answer, rest = text.rpartition(_ANSWER)
-    after = encode(tokenizer, rest.lstrip()) if answer else []
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return after[0] if after and after[0] in special else tokenizer.eos_token_id
+    return rest.strip() if answer else ""
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the template's, the tokenizer's, and the model's own."""
+    """Every single token that ends an answer: the template's, the tokenizer's, the model's own."""
     own = model.generation_config.eos_token_id if model.generation_config else None
-    found = [end_of_turn(tokenizer), tokenizer.eos_token_id]
+    template = end_of_turn(tokenizer)
+    found = [*(template if len(template) == 1 else []), tokenizer.eos_token_id]
     found += own if isinstance(own, list) else [own]
     return sorted({token for token in found if token is not None})
 
@@ -96,12 +168,12 @@ def encode_dialogue(
     end: bool = True,
     max_response_tokens: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Ids of prompt and response apart; ``end`` appends the template's end-of-turn token.
+    """Ids of prompt and response apart; ``end`` appends the template's end of a turn.
 
-    A response cut at ``max_response_tokens`` gets no end token.
+    A response cut at ``max_response_tokens`` gets no end.
     """
     head = encode(tokenizer, render_prompt(tokenizer, prompt))
     body = encode(tokenizer, response)
     if max_response_tokens is not None and len(body) > max_response_tokens:
         return head, body[:max_response_tokens]
-    return head, body + [end_of_turn(tokenizer)] * end
+    return head, body + end_of_turn(tokenizer) * end

@@ -6,13 +6,31 @@ are prompt.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .batches import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def read(model: PreTrainedModel, batch: Batch, **options: Any) -> Any:
+    """What the model below its head makes of a batch, padded on either side.
+
+    Positions start at the first real token. Left to itself the model counts padding, which moves
+    left-padded samples and the reach of length-dependent rotary scaling.
+    """
+    attention = batch.attention_mask.to(model.device)
+    return model.base_model(
+        input_ids=batch.input_ids.to(model.device),
+        attention_mask=attention,
+        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        **options,
+    )
 
 
 def label_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -36,6 +54,14 @@ def scored_logits(
         use_cache=False,
     ).last_hidden_state
     return label_logits(model, hidden[:, :-1][scored.to(model.device)])
+
+
+def counted_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Summed cross-entropy of a batch's counted tokens, nats."""
+    ids = batch.input_ids.to(model.device)
+    counted = (batch.counted & batch.attention_mask.bool())[:, 1:].to(model.device)
+    logits = scored_logits(model, ids, batch.attention_mask, counted)
+    return nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="sum")
 
 
 def sum_by_row(values: Tensor, scored: Tensor) -> Tensor:

@@ -137,6 +137,11 @@ class UnitLayout:
         """Weights that belong to any unit (embeddings and norms belong to none)."""
         return sum(b.units * b.weights_per_unit for b in self.blocks)
 
+    @property
+    def parameter_names(self) -> set[str]:
+        """Names of the parameters that hold units' weights."""
+        return {part.parameter for block in self.blocks for part in block.slices}
+
     def none(self) -> UnitMask:
         """The empty selection."""
         return self.mask(torch.zeros(self.units, dtype=torch.bool))

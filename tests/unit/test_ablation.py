@@ -9,7 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ssah.evaluate.generate import continuations
-from ssah.training.ablation import ablate, patch
+from ssah.scoring.attribution import collect_statistics
+from ssah.text.batches import Batch, dialogue_batches
+from ssah.text.forward import counted_loss
+from ssah.training.ablation import ablate, fitted_constants, patch
 from ssah.units.families import FAMILIES
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
@@ -69,9 +72,10 @@ def test_zero_equals_a_model_with_zero_columns(families, model_type, kind):
     assert not torch.allclose(ablated, logits(model), atol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["mean", "fitted"])
 @pytest.mark.parametrize("kind", ["head", "channel"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2"])
-def test_mean_equals_a_model_whose_channels_are_constant(families, model_type, kind):
+def test_mean_equals_a_model_whose_channels_are_constant(families, model_type, kind, mode):
     model = families(model_type)
     layout = UnitLayout.of(model, kind)
     mask, mean = some_units(layout), means(layout)
@@ -85,7 +89,7 @@ def test_mean_equals_a_model_whose_channels_are_constant(families, model_type, k
             return (inward,)
 
         reference.get_submodule(block.output).register_forward_pre_hook(replace)
-    with ablate(model, layout, mask, "mean", mean):
+    with ablate(model, layout, mask, mode, mean):
         ablated = logits(model)
     torch.testing.assert_close(ablated, logits(reference), rtol=1e-4, atol=1e-4)
     with ablate(model, layout, mask):
@@ -93,7 +97,7 @@ def test_mean_equals_a_model_whose_channels_are_constant(families, model_type, k
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["zero", "mean"])
+@pytest.mark.parametrize("mode", ["zero", "mean", "fitted"])
 @pytest.mark.parametrize("fail", [True, False])
 def test_every_bit_is_restored(tiny_model, dtype, mode, fail):
     model = tiny_model.to(dtype)
@@ -152,11 +156,12 @@ def test_no_units_change_nothing(tiny_model):
             assert torch.equal(logits(tiny_model), whole)
 
 
-def test_mean_ablation_needs_means(tiny_model):
+@pytest.mark.parametrize("mode", ["mean", "fitted"])
+def test_ablation_by_constants_needs_them(tiny_model, mode):
     layout = UnitLayout.of(tiny_model)
     with (
-        pytest.raises(ValueError, match="needs the activation means"),
-        ablate(tiny_model, layout, some_units(layout), "mean"),
+        pytest.raises(ValueError, match=f"Ablation by '{mode}' needs the constants"),
+        ablate(tiny_model, layout, some_units(layout), mode),
     ):
         pytest.fail("the block must not be entered")
 
@@ -201,6 +206,77 @@ def test_a_head_with_biases_is_really_silent(families):
                     model.get_parameter(cut.parameter)[rows] += 3
         assert torch.equal(logits(model), silent)
     assert not torch.allclose(logits(model), silent, atol=1e-2)
+
+
+# --- the constant that does least harm ---------------------------------------------------------
+
+
+@pytest.fixture
+def texts() -> list[Batch]:
+    """Dialogues of random tokens, some padded."""
+    generator = torch.Generator().manual_seed(2)
+    pairs = [
+        (
+            torch.randint(3, 40, (4,), generator=generator).tolist(),
+            torch.randint(3, 40, (6 + n % 3,), generator=generator).tolist(),
+        )
+        for n in range(48)
+    ]
+    return list(dialogue_batches(pairs, 4))
+
+
+def loss_of(model, layout, mask, batches, mode, constants=None) -> float:
+    with torch.no_grad(), ablate(model, layout, mask, mode, constants):
+        return sum(float(counted_loss(model, batch)) for batch in batches)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_fitted_constants_do_less_harm_than_means(families, texts, model_type):
+    model = families(model_type)
+    layout = UnitLayout.of(model)
+    mask, before = some_units(layout), bits(model)
+    found = collect_statistics(model, layout, texts)
+    fitted = fitted_constants(model, layout, mask, texts, found.mean, found.variance)
+    assert set(fitted) == {name for name in mask if mask[name].any()}
+    losses = {
+        "zero": loss_of(model, layout, mask, texts, "zero"),
+        "mean": loss_of(model, layout, mask, texts, "mean", found.mean),
+        "fitted": loss_of(model, layout, mask, texts, "fitted", fitted),
+    }
+    assert losses["fitted"] < losses["mean"] - 1, losses  # nats, of about 330 tokens
+    assert losses["fitted"] < losses["zero"] - 1, losses
+    assert_restored(model, before)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_no_other_constant_of_one_neuron_does_less_harm(families, texts):
+    """Its whole range is looked through."""
+    model = families("llama")
+    layout = UnitLayout.of(model)
+    found = collect_statistics(model, layout, texts)
+    name = "layers.1.mlp"
+    chosen = {b.name: torch.zeros(b.units, dtype=torch.bool) for b in layout.blocks}
+    neuron = int(found.variance[name].argmax())
+    chosen[name][neuron] = True
+    mask = UnitMask(chosen, layout.unit_kind)
+    fitted = fitted_constants(model, layout, mask, texts, found.mean, found.variance)
+
+    def loss_at(value: float) -> float:
+        constants = {name: found.mean[name].clone()}
+        constants[name][neuron] = value
+        return loss_of(model, layout, mask, texts, "fitted", constants)
+
+    centre, scale = float(found.mean[name][neuron]), float(found.variance[name][neuron]) ** 0.5
+    tried = [loss_at(centre + scale * step / 10) for step in range(-40, 41)]
+    assert max(tried) - min(tried) > 0.5, "else it does not matter what the neuron says"
+    assert loss_at(float(fitted[name][neuron])) < min(tried) + 0.05 * (max(tried) - min(tried))
+
+
+def test_nothing_is_fitted_for_no_units(tiny_model, texts):
+    layout = UnitLayout.of(tiny_model)
+    found = collect_statistics(tiny_model, layout, texts)
+    nothing = fitted_constants(tiny_model, layout, layout.none(), texts, found.mean, found.variance)
+    assert nothing == {}
 
 
 # --- activations of another model ------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_an_adapter_that_a_family_lacks_is_left_out(
     assert list(plain_arms(lab)) == [name for name in ALL if name != "LLaMA-Adapter"]
     without = measurements[measurements["rule"] != "LLaMA-Adapter"]
     note = table5(without, lab.config).note
-    assert "LLaMA-Adapter is left out: peft has it not for models of this family" in note
+    assert "LLaMA-Adapter is left out: peft has none for models of this family" in note
 
 
 # --- models ----------------------------------------------------------------------------------

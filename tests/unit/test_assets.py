@@ -15,9 +15,10 @@ import pytest
 
 from helpers import make_wheel
 from ssah.core.errors import SsahError
+from ssah.core.paths import conf_dir
 from ssah.core.store import Store
 from ssah.data import assets
-from ssah.data.assets import ASSETS, EMBEDDED, Asset, Wheel, Whole, fetch, inventory
+from ssah.data.assets import ASSETS, EMBEDDED, MODELS, Asset, Wheel, Whole, fetch, inventory
 
 PACKAGE = "ssah-test-carrier"
 FILES = {
@@ -222,3 +223,17 @@ def test_every_asset_is_pinned_and_described():
         assert (asset.whole is None) == (len(asset.wheels) == 1)
         assert asset.licence
         assert asset.source.startswith("https://")
+
+
+def test_every_model_has_a_card():
+    """With the hash and licence that are compared, and the terms that are to be accepted."""
+    cards = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    parts = {part.split("`")[0]: part for part in cards.split("\n## `")[1:]}
+    assert set(parts) == {path.stem for path in (conf_dir() / "model").glob("*.yaml")}
+    for name in MODELS:
+        asset = ASSETS[name]
+        pinned = asset.whole.sha256 if asset.whole else asset.wheels[0].sha256
+        for fact in (pinned, asset.licence, asset.source, asset.terms, asset.wheels[0].version):
+            assert fact in parts[name], (name, fact)
+        for row in ("what", "source", "sha256", "licence", "template", "for", "not for"):
+            assert f"\n| {row} | " in parts[name], (name, row)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssah.scoring.selectors import RULES, matched_by, sized
+from ssah.scoring.selectors import RULES, magnitude, matched_by, sized
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
@@ -34,7 +34,8 @@ def random_units(layout: UnitLayout, target: UnitMask, seed: int) -> UnitMask:
 
 def magnitude_units(model, layout: UnitLayout, target: UnitMask, largest: bool) -> UnitMask:
     rule = RULES["largest magnitude" if largest else "smallest magnitude"]
-    evidence = SimpleNamespace(layout=layout, weights=lambda _: dict(model.named_parameters()))
+    found = magnitude(layout, dict(model.named_parameters()))
+    evidence = SimpleNamespace(magnitude=lambda: found)
     return matched_by(layout, target, rule(evidence))
 
 

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from ssah.evaluate.generate import continuations
-from ssah.text.chat import CHATML, encode_dialogue, end_of_turn, end_tokens, render_prompt
+from ssah.evaluate import generate
+from ssah.evaluate.generate import complete, continuations
+from ssah.text.chat import (
+    CHATML,
+    chatml,
+    encode,
+    encode_dialogue,
+    end_marker,
+    end_of_turn,
+    end_tokens,
+    render_prompt,
+)
 
 #: As Gemma's: no system turn, and a turn's end that is not the tokenizer's.
 NO_SYSTEM = (
@@ -31,15 +42,104 @@ def tokenizer(tiny_folder):
 
 
 def test_the_end_of_a_turn_is_the_templates(tokenizer):
-    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert end_of_turn(tokenizer) == [tokenizer.eos_token_id]
     tokenizer.chat_template = NO_SYSTEM
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert end_of_turn(tokenizer) == end != tokenizer.eos_token_id
+    assert end_of_turn(tokenizer) == [end] != [tokenizer.eos_token_id]
     assert encode_dialogue(tokenizer, "Hi", "Yes")[1][-1] == end
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    assert end_of_turn(tokenizer) == tokenizer.eos_token_id, "it has none of its own"
+    assert end_of_turn(tokenizer) == [tokenizer.eos_token_id], "it has none of its own"
     tokenizer.chat_template = "<|im_start|>{{ messages[0]['content'] }}"
-    assert end_of_turn(tokenizer) == tokenizer.eos_token_id, "it shows no answer"
+    assert end_of_turn(tokenizer) == [tokenizer.eos_token_id], "it shows no answer"
+    assert end_marker(tokenizer) == ""
+
+
+@pytest.fixture
+def of_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer that does not know the markers of ChatML, as Gemma's: a full stop and what the
+    marker begins with are one piece of it, and every text begins with a token of its own."""
+    letters = [*dict.fromkeys("\n .<|>?_aeimnorstudNSAWER")]
+    vocabulary = {t: i for i, t in enumerate(["<bos>", "<eos>", "<unk>", *letters, ".<"])}
+    core = Tokenizer(models.BPE(vocabulary, [(".", "<")], unk_token="<unk>"))
+    core.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="left",
+    )  # fmt: skip
+    from tokenizers.processors import TemplateProcessing
+
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    made.chat_template = chatml(made)
+    return made
+
+
+def test_chatml_begins_with_the_token_that_the_tokenizer_begins_with(of_pieces, tokenizer):
+    assert chatml(tokenizer) == CHATML
+    ids = encode(of_pieces, render_prompt(of_pieces, "so"))
+    assert ids[0] == of_pieces.bos_token_id
+    assert ids.count(of_pieces.bos_token_id) == 1
+    assert ids == of_pieces("<|im_start|>user\nso<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert encode_dialogue(of_pieces, "so", "no")[0] == ids
+
+
+def test_a_turn_can_end_with_a_marker_of_several_tokens(of_pieces):
+    assert end_marker(of_pieces) == "<|im_end|>"
+    pieces = of_pieces("<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert len(pieces) > 1
+    assert end_of_turn(of_pieces) == pieces
+    _, said = encode_dialogue(of_pieces, "so", "no")
+    assert said == [*encode(of_pieces, "no"), *pieces]
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("it is.<|im_end|>\nno no", "it is."),  # the marker's first piece holds the full stop
+        ("it is<|im_end|> no", "it is"),
+        ("<|im_end|>", ""),
+        ("it is <|im_start|> no", "it is <|im_start|> no"),
+    ],
+)
+def test_a_completion_ends_at_that_marker(of_pieces, monkeypatch, said, answer):
+    """What the model would say goes on behind it."""
+
+    class Silent:
+        generation_config = None
+
+    told = encode(of_pieces, said)
+    read: list[int] = []
+
+    def scripted(model, prompts, max_new_tokens, ends, over, *, sampled):
+        assert ends == [of_pieces.eos_token_id]
+        row: list[int] = []
+        for token in told:
+            row.append(token)
+            if over(row):
+                break
+        read.append(len(row))
+        return [row]
+
+    monkeypatch.setattr(generate, "_continue", scripted)
+    assert complete(Silent(), of_pieces, ["so"], 40, 1) == [answer]
+    marker = "<|im_end|>"
+    upto = said.partition(marker)[0] + marker if marker in said else said
+    assert read == [len(encode(of_pieces, upto))], "nothing is said behind the marker"
+
+
+def test_generation_stops_a_row_at_the_marker(tokenizer, answering_model, monkeypatch):
+    """Word by word, while other rows go on."""
+    prompts = [[5, 6, 7], [8, 9]]
+    monkeypatch.setattr(answering_model, "generation_config", GenerationConfig())
+    first, second = continuations(answering_model, tokenizer, prompts, 12, 2)
+    marker = tokenizer.decode(first[4:6])
+    assert marker not in tokenizer.decode(first[:5])
+    assert marker not in tokenizer.decode(second)
+    monkeypatch.setattr(generate, "end_marker", lambda _: marker)
+    cut, other = continuations(answering_model, tokenizer, prompts, 12, 2)
+    assert cut == first[:4]
+    assert other == second
 
 
 def test_a_completion_ends_at_any_end(tokenizer, answering_model, monkeypatch):

@@ -11,6 +11,8 @@ from ssah.app.study import Study
 from ssah.core.errors import SsahError, suggestion
 from ssah.core.paths import conf_dir
 from ssah.lab.config import GROUPS, PROFILES, Config, check_keys, compose, known_keys, sweep_points
+from ssah.lab.defended import COMBINED
+from ssah.training.defences import DEFENCES
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 OPTIONS = [
@@ -137,7 +139,9 @@ def test_known_keys_are_all_that_can_be_set():
             for a in attacks
         ),
         *(f"adapters.methods.{name}" for name in compose("paper").adapters.methods),
+        *(f"experiment.ruled.{a}" for a in ("instructions", "arithmetic")),
     }
+    expected |= {f"experiment.defences.{name}" for name in (*DEFENCES, *COMBINED)}
     expected |= {
         f"data.files.{name}"
         for name in ("harmful", "benign", *attacks, "harmbench", "hexphi", "do_not_answer")
@@ -183,6 +187,8 @@ def test_rows_of_an_attack_can_be_overridden():
         ("experiment.instructed=[arithmetics]", "did you mean 'arithmetic'"),
         ("experiment.frozen.instruction=[ESU]", "did you mean 'experiment.frozen.instructions'"),
         ("experiment.frozen.instructions=[ESU + 6 CU]", "'ESU + 6 CU' is no group of units"),
+        ("experiment.ruled.arithmetic=[safety layer]", "did you mean 'safety layers'"),
+        ("experiment.ruled.dialogues=[safety layers]", "Unknown override"),
     ],
 )
 def test_an_arm_that_does_not_exist_is_refused_before_anything_is_computed(override, says):

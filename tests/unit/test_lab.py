@@ -70,6 +70,7 @@ def test_identities_tell_models_apart_and_train_none(smoke_lab, lab, trainings):
         GIVEN.ablated(mask),
         base.ablated(mask, "mean", lab.sets),
         base.ablated(mask, "resample", lab.sets),
+        base.ablated(mask, "fitted", lab.sets),
         base.patched(mask, GIVEN),
         base.patched(mask, base),
         base.trained(MAIN_ATTACK),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ssah.core.errors import SsahError
 from ssah.core.store import Store
+from ssah.lab import load as load_module
 from ssah.lab.config import compose
 from ssah.lab.lab import Lab
 from ssah.lab.load import Checkpoint, shapes
@@ -105,6 +106,37 @@ def test_a_template_that_prints_the_date_gives_one_prompt_on_every_day(folder):
     lab = lab_of(folder, "model.chat_template=null")
     said = lab.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert said == "26 Jul 2024 Hi"
+
+
+# --- terms -----------------------------------------------------------------------------------
+
+
+def test_terms_are_accepted_before_anything_is_downloaded(tmp_path, monkeypatch):
+    begun: list[str] = []
+
+    def fetch(store: Store, name: str):
+        begun.append(name)
+        raise SsahError("no network")
+
+    monkeypatch.setattr(load_module, "fetch", fetch)
+    store = Store(tmp_path / "runs")
+    gemma = compose("laptop", ["model=gemma3_270m"])
+    with pytest.raises(SsahError, match=r"Gemma Terms of Use \(https://ai\.google\.dev") as no:
+        _ = Lab(gemma, store, 0).given
+    assert "model.accept_terms=true" in str(no.value)
+    assert begun == []
+    accepted = compose("laptop", ["model=gemma3_270m", "model.accept_terms=true"])
+    with pytest.raises(SsahError, match="no network"):
+        _ = Lab(accepted, store, 0).given
+    assert begun == ["gemma3_270m"]
+
+
+def test_what_is_only_said_of_a_model_is_in_no_key(smoke_lab):
+    plain = smoke_lab()
+    other = smoke_lab("model.accept_terms=true", "model.use=aligning", "model.family=qwen2")
+    assert plain.settings == other.settings
+    assert plain.settings == {"dtype": "float32", "attention": "sdpa", "template": "chatml"}
+    assert plain.identity(plain.aligned) == other.identity(other.aligned)
 
 
 # --- damage ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 
 from ssah.artefacts.pick import estimate, rows_of
 from ssah.core.errors import SsahError
+from ssah.data.jailbreaks import PREFIX_JAILBREAK
 from ssah.evaluate import judges
 from ssah.lab import catalogue
 from ssah.lab.arms import Arm
@@ -21,7 +22,7 @@ from ssah.lab.measure import Measure
 from ssah.lab.metrics.behaviour import BOTH, PREFIX, SYSTEM, asked
 from ssah.lab.metrics.stability import COMPARISONS, Overlaps, stability
 from ssah.lab.specs import GIVEN, Model
-from ssah.lab.stages.answers import PREFIX_JAILBREAK, answers
+from ssah.lab.stages.answers import answers
 from ssah.lab.stages.lessons import MAIN_ATTACK, heldout, lesson
 from ssah.lab.stages.units import CATEGORY, HALF, roles, roles_after, statistics
 from ssah.lab.stages.utility import attack_losses, held_out_texts, task_outcomes

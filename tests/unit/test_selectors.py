@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ssah.core.errors import SsahError
 from ssah.lab.units_of import group, matched
-from ssah.scoring.selectors import RULES, matched_by
+from ssah.scoring.selectors import RULES, magnitude, matched_by, moved
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
 
 class Planted:
     """Evidence of two models that are equal until something is planted."""
+
+    target: UnitMask
 
     def __init__(self, families, model_type: str, seed: int = 0):
         self.before = families(model_type)
@@ -26,6 +28,12 @@ class Planted:
 
     def weights(self, which: str) -> dict[str, Tensor]:
         return dict({"given": self.before, "aligned": self.after}[which].named_parameters())
+
+    def magnitude(self) -> dict[str, Tensor]:
+        return magnitude(self.layout, self.weights("aligned"))
+
+    def moved(self) -> dict[str, Tensor]:
+        return moved(self.layout, self.weights("given"), self.weights("aligned"))
 
     def _drawn(self, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -37,6 +45,15 @@ class Planted:
     def conflict(self) -> dict[str, Tensor]:
         return self._drawn(11)
 
+    def places(self, prompts: str) -> dict[str, Tensor]:
+        return self._drawn({"safety": 12, "utility": 13}[prompts])
+
+    def impact(self) -> dict[str, Tensor]:
+        return self._drawn(14)
+
+    def fisher(self) -> dict[str, Tensor]:
+        return self._drawn(15)
+
 
 def target_of(layout: UnitLayout, heads: int, neurons: int) -> UnitMask:
     """The first heads and neurons of the first layer."""
@@ -47,6 +64,7 @@ def target_of(layout: UnitLayout, heads: int, neurons: int) -> UnitMask:
 
 
 def chosen(evidence: Planted, rule: str, target: UnitMask) -> UnitMask:
+    evidence.target = target
     with torch.no_grad():
         return matched_by(evidence.layout, target, RULES[rule](evidence))
 
@@ -127,6 +145,9 @@ def test_ranks_are_what_their_rules_say(families):
         ("lowest I_S - I_U", evidence.difference(), False),
         ("highest I_S - I_U", evidence.difference(), True),
         ("gradient conflict", evidence.conflict(), True),
+        ("SN-Tune", evidence.places("safety"), False),
+        ("ESI", evidence.impact(), True),
+        ("Fisher on refusals", evidence.fisher(), True),
     ):
         inside, outside = split(rule, rank)
         assert (inside.min() > outside.max()) if highest else (inside.max() < outside.min()), rule

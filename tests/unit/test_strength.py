@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from ssah.core.errors import SsahError
 from ssah.lab import catalogue
 from ssah.lab.metrics import METRICS
 from ssah.lab.specs import Model
@@ -65,7 +64,7 @@ def test_without_rates_nothing_is_tried(smoke_lab, monkeypatch):
     assert not rises(lab)
 
 
-def test_a_part_of_a_rate_that_is_not_used_is_refused(smoke_lab):
+def test_a_lower_rate_is_a_part_of_the_one_that_was_chosen(smoke_lab):
     lab = smoke_lab(RATES, "experiment.conditions=['nothing, lower rate']")
-    with pytest.raises(SsahError, match=r"'lower rate' is a part of finetune\.learning_rate"):
-        catalogue.check(lab)
+    (arm,) = catalogue.conditions(lab)
+    assert lab.settings_of(arm.model.step).learning_rate == 0.4 * attack_rate(lab)

@@ -78,6 +78,7 @@ VALUES = st.one_of(
 @example("experiment.frozen.instructions", "null")
 @example("data.files", "null")
 @example("experiment", "x")
+@example("profile", "[-1]")
 def test_no_single_override_ends_in_a_traceback(key, value):
     """Whatever stands there, the study is made or refused in a sentence."""
     text = f"{value:g}" if isinstance(value, float) else value

@@ -1,13 +1,14 @@
-"""Figures in the paper's form: the aligned model above the axis, the unaligned one below."""
+"""Figures in the paper's form: the aligned model above the axis, what it is held against below."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from ...lab.metrics.direction import EVERY
+from ...lab.units_of import ESU
 from ..pick import pooled, rows_of
 
 if TYPE_CHECKING:
@@ -17,38 +18,50 @@ if TYPE_CHECKING:
 TO_REFUSAL, TO_ANSWER = "#0072B2", "#F0A830"
 
 
-def bases(table: pd.DataFrame, metric: str) -> list[str]:
-    """The pair; a model that comes aligned has no unaligned twin."""
-    found = set(table[table["metric"] == metric]["base"])
-    return [base for base in ("aligned", "unaligned") if base in found]
+#: Whatever is drawn of :func:`ssah.lab.catalogue.pair`: name -> columns in the table.
+_MODELS = {
+    "aligned": {},
+    "unaligned": {"base": "unaligned"},
+    "ESU removed": {"method": "removed", "rule": ESU},
+}
 
 
-def _mirrored(axes: Axes, models: Sequence[str]) -> None:
-    """Labels of a panel with the aligned model above the axis and the unaligned one below."""
+def pair(table: pd.DataFrame, metric: str) -> dict[str, dict[str, str]]:
+    """Name -> columns of the models that a metric was measured of, the aligned one first."""
+    return {
+        name: columns
+        for name, columns in _MODELS.items()
+        if not rows_of(table, metric, set=None, at=None, **columns).empty
+    }
+
+
+def _mirrored(axes: Axes, models: Iterable[str]) -> None:
+    """Labels of a panel with one model above the axis and the other, if there is one, below."""
     from matplotlib.ticker import FuncFormatter
 
     axes.axhline(0, color="black", lw=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
     span = max(abs(bound) for bound in axes.get_ylim())
-    axes.set_ylim(-span if len(models) > 1 else 0, span)
-    for name, height in zip(models, (0.97, 0.03), strict=False):
+    names = list(models)
+    axes.set_ylim(-span if len(names) > 1 else 0, span)
+    for name, height in zip(names, (0.97, 0.03), strict=False):
         side = "top" if height > 0.5 else "bottom"
         axes.text(0.02, height, name, transform=axes.transAxes, va=side, fontsize=8, style="italic")
 
 
 def draw_tokens(axes: Axes, table: pd.DataFrame, title: str, **columns: Any) -> None:
     """Bars by generated token, last block: of rows with these columns."""
-    models = bases(table, "to refusal")
-    found = rows_of(table, "to refusal", base=models[0], at=None, **columns)
+    models = pair(table, "to refusal")
+    found = rows_of(table, "to refusal", at=None, **columns)
     last = found["block"].max()
     positions = [at for at in dict.fromkeys(found["at"]) if at != EVERY]
-    for model, sign in zip(models, (1, -1), strict=False):
+    for model, sign in zip(models.values(), (1, -1), strict=False):
         for shift, kind, colour, hatch in (
             (-0.2, "to refusal", TO_REFUSAL, ""),
             (0.2, "to answer", TO_ANSWER, "////"),
         ):
             for x, position in enumerate(positions):
-                e = pooled(rows_of(table, kind, base=model, block=last, at=position, **columns))
+                e = pooled(rows_of(table, kind, block=last, at=position, **model, **columns))
                 if e is None:
                     continue
                 axes.bar(
@@ -65,13 +78,13 @@ def draw_blocks(
     axes: Axes, table: pd.DataFrame, title: str, place: str = EVERY, **columns: Any
 ) -> None:
     """Lines by block."""
-    models = bases(table, "to refusal")
-    for model, sign in zip(models, (1, -1), strict=False):
+    models = pair(table, "to refusal")
+    for model, sign in zip(models.values(), (1, -1), strict=False):
         for kind, colour, line in (
             ("to refusal", TO_REFUSAL, "-"),
             ("to answer", TO_ANSWER, "--"),
         ):
-            found = by_block(rows_of(table, kind, base=model, at=place, **columns))
+            found = by_block(rows_of(table, kind, at=place, **model, **columns))
             if found.empty:
                 continue
             axes.plot(
@@ -80,7 +93,7 @@ def draw_blocks(
             )  # fmt: skip
             low, high = sign * found["low"], sign * found["high"]
             axes.fill_between(found.index, low, high, color=colour, alpha=0.25, lw=0)
-        begin = rows_of(table, "onset", base=model, at=place, **columns)["value"]
+        begin = rows_of(table, "onset", at=place, **model, **columns)["value"]
         if len(begin):
             axes.plot(begin.median(), 0, marker="^" if sign > 0 else "v", color="black", ms=6)
     axes.set(xlabel="block", title=title)

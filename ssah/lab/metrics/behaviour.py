@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,11 @@ from ...evaluate.judges import VERDICTS, Completion, attack_success, not_refused
 from ...evaluate.labels import agreement, errors_of_answered, judged, key, known_labels
 from ...evaluate.stats import Estimate, corrected, proportion
 from ...training.part import EVERYTHING, Part
+from ..jailbreaks import JAILBREAKS, Jailbreak, with_prefix
 from ..lab import Lab
 from ..samples import Counted, Found, LessonLosses, Pooled, Rates, Sample, Tasks, TextLosses, Values
 from ..specs import Model, Train
-from ..stages.answers import PREFIX_JAILBREAK, completions
+from ..stages.answers import completions
 from ..stages.lessons import heldout, lesson
 from ..stages.strength import attack_rate, rises
 from ..stages.utility import attack_losses, drift, held_out_texts, task_outcomes
@@ -33,7 +35,17 @@ PROMPTS = {
 }
 
 SYSTEM, PREFIX, BOTH = "with system prompt", "with prefix", "mean of both"
-CONDITIONS = (SYSTEM, PREFIX, BOTH)  #: of the evaluation prompts
+
+#: What else may be done with prompts than to ask them -> the completions. The first two are of the
+#: evaluation prompts, jailbreaks of :func:`jailbroken`.
+CONDITIONS: dict[str, Jailbreak] = {
+    SYSTEM: functools.partial(completions, system=True),
+    PREFIX: with_prefix,
+    **JAILBREAKS,
+}
+
+#: Everything that prompts and conditions are called.
+ASKED = (*PROMPTS, *CONDITIONS, BOTH)
 
 
 def asked(lab: Lab, on: str) -> tuple[Row, ...]:
@@ -48,7 +60,21 @@ def asked(lab: Lab, on: str) -> tuple[Row, ...]:
 
 def has_prompts(lab: Lab, on: str) -> bool:
     """Whether the data source has the prompts behind a name."""
-    return lab.has(_set_of("" if on in CONDITIONS else on))
+    return lab.has(_set_of(prompts_of(lab, on)))
+
+
+def prompts_of(lab: Lab, on: str) -> str:
+    """The prompts that a condition is about; other names are those of prompts."""
+    if on in JAILBREAKS:
+        return jailbroken(lab)
+    return "" if on in CONDITIONS or on == BOTH else on
+
+
+def jailbroken(lab: Lab) -> str:
+    """The prompts that jailbreaks are of: those that the experiment names, or AdvBench's where the
+    data source has none of that name."""
+    name = lab.config.experiment.jailbreak_prompts
+    return name if lab.has(_set_of(name)) else "AdvBench"
 
 
 def _set_of(on: str) -> str:
@@ -59,11 +85,8 @@ def _set_of(on: str) -> str:
 
 def said(lab: Lab, model: Model, on: str) -> list[Completion]:
     """A model's completions under one condition."""
-    if on == SYSTEM:
-        return completions(lab, model, asked(lab, ""), system=True)
-    if on == PREFIX:
-        return completions(lab, model, asked(lab, ""), suffix=PREFIX_JAILBREAK)
-    return completions(lab, model, asked(lab, on))
+    complete = CONDITIONS.get(on, completions)
+    return complete(lab, model, asked(lab, prompts_of(lab, on)))
 
 
 def is_share(metric: str) -> bool:

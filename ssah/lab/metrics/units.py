@@ -15,7 +15,15 @@ from ...units.roles import GROUPS, Roles, transfer
 from ..lab import Lab
 from ..samples import Counted, Found, Sample
 from ..specs import GIVEN, Ablate, Model, Patch, Train
-from ..stages.units import Rule, roles, roles_after, shares, trials, utility_roles
+from ..stages.units import (
+    Rule,
+    roles,
+    roles_after,
+    safety_layers,
+    shares,
+    trials,
+    utility_roles,
+)
 
 #: Which units a count is of, by the name that it has in tables.
 SCOPES: dict[str, BlockKind | None] = {"all units": None, "heads": "attn", "neurons": "mlp"}
@@ -135,9 +143,40 @@ def _transfer_of_alignment(lab: Lab, model: Model, on: str) -> Sample:
     return Moves(before, {"quantiles": after}, SCOPES, BEFORE_ALIGNMENT)
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The angular gap after each block, and the blocks that are safety layers."""
+
+    gap: Sequence[float]
+    chosen: range  #: from 0
+
+    def rows(self) -> Found:
+        for block, degrees in enumerate(self.gap, 1):
+            gap = Estimate(degrees, degrees, degrees, len(self.gap))
+            yield {"metric": "angular gap", "block": block}, gap, None
+        yield from Counted(
+            {
+                FIRST_LAYER: (self.chosen[0] + 1, len(self.gap)),
+                LAST_LAYER: (self.chosen[-1] + 1, len(self.gap)),
+            }
+        ).rows()
+
+    def against(self, other: Layers) -> Found:
+        raise NotImplementedError("Safety layers are those of the aligned model.")
+
+
+#: Which blocks are safety layers, counted from 1.
+FIRST_LAYER, LAST_LAYER = "first safety layer", "last safety layer"
+
+
+def _safety_layers(lab: Lab, model: Model, on: str) -> Sample:
+    return Layers(*safety_layers(lab))
+
+
 UNITS: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "units": _units,
     "search": _search,
+    "safety layers": _safety_layers,
     "roles": lambda lab, model, on: RoleMap(lab.layout, roles(lab)),
     "transfer": _transfer,
     "transfer of alignment": _transfer_of_alignment,

@@ -6,16 +6,19 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...core.errors import SsahError
 from ...core.store import Handle
 from ...data.rows import Row
 from ...evaluate import judges
-from ...evaluate.judges import attack_success
+from ...evaluate.judges import Completion, attack_success
 from ...scoring.attribution import (
     ActivationStatistics,
     collect_statistics,
@@ -23,20 +26,26 @@ from ...scoring.attribution import (
     unit_scores,
 )
 from ...scoring.conflict import gradient_conflict
+from ...scoring.contributions import contributions
+from ...scoring.contributions import places as places_by
+from ...scoring.safety_layers import angular_gap, last_states, where_it_grows
 from ...scoring.search import Effect, Trial, search_share
+from ...scoring.selectors import magnitude, moved
+from ...scoring.sensitivity import expected_impact, fisher_information
 from ...scoring.settings import VarianceOver
 from ...text.batches import Batch, dialogue_batches
 from ...text.chat import encode_dialogue
 from ...text.settings import Tokens
+from ...training.ablation import fitted_constants
 from ...units.families import BlockKind, UnitKind
 from ...units.mask import UnitMask
 from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
 from ..config import AttributionConfig, RolesConfig
 from ..lab import Lab
-from ..specs import Model
+from ..specs import GIVEN, REFUSALS, Model
 from ..stage import stage
 from .answers import answers_to, completions
-from .lessons import Lesson
+from .lessons import Lesson, Pairs, lesson
 from .utility import perplexity_ratio
 
 Purpose = Literal["safety", "utility"]
@@ -99,6 +108,35 @@ def activations(lab: Lab) -> Handle:
     rows, said = _own_answers(lab, "utility", lab.aligned)
     config = dataclasses.asdict(lab.config.attribution)
     return _activations(lab, lab.aligned, rows, said, config, RESAMPLED)
+
+
+@stage("fitted", version=1)
+def _fitted(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    mask: UnitMask,
+    statistics: Handle,
+    rows: tuple[Row, ...],
+    answers: Handle,
+    config: dict[str, Any],
+) -> None:
+    """``constants.safetensors``: what some units say at every token where that does least harm."""
+    attribution = AttributionConfig(**config)
+    batches = list(_batches(lab, rows, answers, attribution))
+    found = ActivationStatistics.load(statistics.path("statistics.safetensors"))
+    with lab.use(model) as loaded:
+        layout = lab.layout_of(mask.unit_kind)
+        constants = fitted_constants(loaded, layout, mask, batches, found.mean, found.variance)
+    save_file(constants, folder / "constants.safetensors")
+
+
+def fitted(lab: Lab, mask: UnitMask) -> Handle:
+    """The constants in the place of some units with which the aligned model's own answers to
+    harmless prompts are likeliest."""
+    rows, said = _own_answers(lab, "utility", lab.aligned)
+    config = dataclasses.asdict(lab.config.attribution)
+    return _fitted(lab, lab.aligned, mask, statistics(lab, "utility"), rows, said, config)
 
 
 @stage("scores", version=2)
@@ -343,3 +381,173 @@ def conflict(lab: Lab, learned: Lesson) -> Scores:
     size = lab.config.finetune.micro_batch_size
     run = _conflict(lab, lab.aligned, learned, rows, refusals, config, size)
     return load_file(run.path("conflict.safetensors"))
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@stage("weights", version=1)
+def _weights(
+    lab: Lab, folder: Path, before: Model, after: Model, unit_kind: UnitKind, measure: str
+) -> None:
+    """``weights.safetensors``: a number for each unit, of the weights alone."""
+    layout = lab.layout_of(unit_kind)
+    with lab.use(before) as old, lab.use(after) as new:
+        given, aligned = dict(old.named_parameters()), dict(new.named_parameters())
+        found = moved(layout, given, aligned) if measure == "moved" else magnitude(layout, aligned)
+    save_file(found, folder / "weights.safetensors")
+
+
+def weights_of_units(lab: Lab, measure: Literal["magnitude", "moved"]) -> Scores:
+    """The magnitude of the aligned model's units, or how far the alignment moved them."""
+    run = _weights(lab, GIVEN, lab.aligned, lab.layout.unit_kind, measure)
+    return load_file(run.path("weights.safetensors"))
+
+
+# --- what other papers' rules look at --------------------------------------------------------
+
+#: Share of the blocks that are safety layers: 9 of 32 in Llama-2 (the paper's Tables 9 and 10).
+LAYERS_SHARE = 9 / 32
+
+
+def _prompts(lab: Lab, rows: Sequence[Row], batch_size: int, side: str) -> Iterator[Batch]:
+    """Prompts without answers. Counted are all tokens but the first: it takes the attention that
+    nothing else does, and what units add there is of another size."""
+    pairs = [encode_dialogue(lab.tokenizer, row.prompt, "", end=False) for row in rows]
+    return dialogue_batches(pairs, batch_size, tokens="all", drop_first=True, side=side)
+
+
+@stage("places", version=1)
+def _places(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    rows: tuple[Row, ...],
+    unit_kind: UnitKind,
+    batch_size: int,
+    label: str,
+) -> None:
+    """``places.safetensors``: by what each unit adds to its block's output on some prompts."""
+    batches = _prompts(lab, rows, batch_size, "right")
+    with lab.use(model) as loaded:
+        found = contributions(loaded, lab.layout_of(unit_kind), batches)
+    save_file(places_by(found), folder / "places.safetensors")
+
+
+def places(lab: Lab, purpose: Purpose) -> Scores:
+    """Places of the aligned model's units on the prompts that attribution uses."""
+    rows, _ = _own_answers(lab, purpose, lab.aligned)
+    size = lab.config.attribution.batch_size
+    run = _places(lab, lab.aligned, rows, lab.layout.unit_kind, size, label=purpose)
+    return load_file(run.path("places.safetensors"))
+
+
+_SENSITIVITY = {"ESI": expected_impact, "Fisher": fisher_information}
+
+
+@stage("sensitivity", version=1)
+def _sensitivity(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    rows: tuple[Row, ...],
+    refusals: Handle,
+    config: dict[str, Any],
+    batch_size: int,
+    measure: str,
+) -> None:
+    """``sensitivity.safetensors``: how the loss of refusals depends on each unit's weights."""
+    attribution = AttributionConfig(**config)
+    layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
+    batches = dialogue_batches(_encoded(lab, rows, refusals, attribution), batch_size)
+    with lab.use(model) as loaded:
+        found = _SENSITIVITY[measure](loaded, layout, batches)
+    save_file(found, folder / "sensitivity.safetensors")
+
+
+def _of_refusals(lab: Lab, measure: str, batch_size: int) -> Scores:
+    rows, refusals = _own_answers(lab, "safety", lab.aligned)
+    config = dataclasses.asdict(lab.config.attribution)
+    run = _sensitivity(lab, lab.aligned, rows, refusals, config, batch_size, measure)
+    return load_file(run.path("sensitivity.safetensors"))
+
+
+def impact(lab: Lab) -> Scores:
+    """Expected safety impact of the aligned model's units, on its refusals."""
+    return _of_refusals(lab, "ESI", lab.config.finetune.micro_batch_size)
+
+
+def fisher(lab: Lab) -> Scores:
+    """Fisher information of the aligned model's refusals, by unit."""
+    return _of_refusals(lab, "Fisher", 1)
+
+
+@stage("angles", version=1)
+def _angles(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    harmless: tuple[Row, ...],
+    harmful: tuple[Row, ...],
+    batch_size: int,
+) -> None:
+    """``gap.json``: degrees between harmless and harmful prompts beyond those among harmless ones,
+    by block."""
+    with lab.use(model) as loaded:
+        states = [
+            last_states(loaded, _prompts(lab, rows, batch_size, "left"))
+            for rows in (harmless, harmful)
+        ]
+    (folder / "gap.json").write_text(json.dumps(angular_gap(*states).tolist()))
+
+
+def safety_layers(lab: Lab) -> tuple[list[float], range]:
+    """The aligned model's angular gap in each block, and the blocks, from 0, in which it grows
+    most: the paper's share of all of them."""
+    harmless, _ = _own_answers(lab, "utility", lab.aligned)
+    harmful, _ = _own_answers(lab, "safety", lab.aligned)
+    run = _angles(lab, lab.aligned, harmless, harmful, lab.config.attribution.batch_size)
+    gap = run.json("gap.json")
+    width = max(1, round(LAYERS_SHARE * len(gap)))
+    return gap, where_it_grows(torch.tensor(gap), width)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """What a model refuses of the prompts that units are scored on, in its own words; prompts that
+    it is evaluated with are never among them. ``judge`` says by whose verdicts."""
+
+    rows: tuple[Row, ...]
+    answers: Handle
+    config: AttributionConfig
+    judge: str
+
+    def pairs(self, lab: Lab) -> Pairs:
+        """Prompt and response ids.
+
+        Of a model that refuses none of them, and was aligned here, those that it was taught.
+        """
+        pairs = _encoded(lab, self.rows, self.answers, self.config)
+        said = self.answers.json("answers.json")
+        asked = [Completion(row.prompt, text) for row, text in zip(self.rows, said, strict=True)]
+        own = [p for p, declined in zip(pairs, judges.refused(asked), strict=True) if declined]
+        if own or not lab.config.align.enabled:
+            return own or _refuses_nothing(lab, len(pairs))
+        return lesson(lab, REFUSALS).taught(lab)
+
+
+def own_refusals(lab: Lab, model: Model) -> Refusals:
+    """The refusals that a defence of a model can rest on."""
+    rows, said = _own_answers(lab, "safety", model)
+    return Refusals(rows, said, lab.config.attribution, judges.identity())
+
+
+def _refuses_nothing(lab: Lab, asked: int) -> NoReturn:
+    raise SsahError(
+        f"{lab.config.model.name} refuses none of the {asked} harmful prompts that units are "
+        "scored on, so that there is nothing to defend: take an aligned model, align this one "
+        "(align=refusals), or leave experiment.defences empty."
+    )

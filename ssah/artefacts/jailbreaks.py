@@ -1,0 +1,256 @@
+"""Notebook 07: does freezing help against those who jailbreak? Tables 16 and 17, and how deep
+refusals are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from ..lab import catalogue
+from ..lab.arms import Arm
+from ..lab.catalogue import NOTHING, by_the_papers_rule
+from ..lab.config import Config
+from ..lab.jailbreaks import DEPTHS, GCG, GCG_TRANSFERRED, JAILBREAKS, prefilled
+from ..lab.lab import Lab
+from ..lab.measure import Measure
+from ..lab.metrics.behaviour import jailbroken
+from ..lab.stages.lessons import MAIN_ATTACK, STYLE_LESSON, available_attacks
+from ..lab.units_of import ALL_CU, CU6
+from . import Output
+from .draw import COLOURS, new_figure, styled
+from .freezing import ONE_EPOCH, name_of
+from .pick import arms_of, estimate, filled, format_estimate, paper, rows_of
+
+#: What is fine-tuned on in each table; arithmetic stands beside dialogues, after which a model
+#: helps with nothing (docs/what_we_got_wrong.md).
+_ATTACKS = {"table16": [MAIN_ATTACK], "table17": [STYLE_LESSON, "arithmetic"]}
+
+#: The arms of both tables, in their order: rule, and whose size it has.
+_ARMS = [(NOTHING, ""), (CU6, ""), (ALL_CU, ""), ("random", CU6)]
+
+#: What the paper attacks with, and what stands for it here.
+_PAPER_JAILBREAKS = {"gcg": GCG, "autodan": "AutoDAN", "pair": "PAIR"}
+_PAPER_SETTINGS = ("full", "freeze_esu_cu6", "freeze_esu_cu_all")
+_PAPER_SETS = {"instructions": "alpaca", "dialogues": "dolly"}
+
+_PLAIN = "none"  #: the prompts as they are
+
+
+# --- what is asked ---------------------------------------------------------------------------
+
+
+def _arms(lab: Lab, attack: str) -> list[Arm]:
+    """After an attack, by the paper's rule for the number of epochs."""
+    groups = [name for name in catalogue.frozen_groups(lab, attack) if name in (CU6, ALL_CU)]
+    arms = [catalogue.unfrozen(lab, attack)]
+    arms += [catalogue.with_frozen(lab, attack, name) for name in groups]
+    if CU6 in groups:
+        draws = range(lab.config.experiment.frozen_draws)
+        arms += [catalogue.with_frozen_control(lab, attack, "random", CU6, d) for d in draws]
+    return [by_the_papers_rule(found) for found in arms]
+
+
+def _ask(lab: Lab, attacks: list[str], jailbreaks: list[str]) -> list[Measure]:
+    if not jailbreaks or lab.only_headline:
+        return []
+    asked = []
+    for on in (jailbroken(lab), *jailbreaks):
+        asked.append(Measure(catalogue.whole(lab), "ASR", on))
+        for attack in attacks:
+            full, *others = _arms(lab, attack)
+            asked += [Measure(arm, "ASR", on) for arm in (full, *others)]
+            asked += [Measure(arm, "ASR", on, full, ONE_EPOCH) for arm in others]
+    return asked
+
+
+def _ask_table(lab: Lab, artefact: str) -> list[Measure]:
+    attacks = [name for name in _ATTACKS[artefact] if name in available_attacks(lab)]
+    return _ask(lab, attacks, lab.config.experiment.jailbreaks)
+
+
+def ask_table16(lab: Lab) -> list[Measure]:
+    """Every jailbreak of the experiment, before and after fine-tuning on instructions."""
+    return _ask_table(lab, "table16")
+
+
+def ask_table17(lab: Lab) -> list[Measure]:
+    """The same after dialogues and arithmetic."""
+    return _ask_table(lab, "table17")
+
+
+def ask_fig_depth(lab: Lab) -> list[Measure]:
+    """Prefillings of every length that the experiment names."""
+    depths = [prefilled(k) for k in DEPTHS]
+    named = [name for name in lab.config.experiment.jailbreaks if name in depths]
+    return _ask(lab, [MAIN_ATTACK], named)
+
+
+# --- what is shown ---------------------------------------------------------------------------
+
+
+def table16(table: pd.DataFrame, config: Config) -> Output:
+    """ASR of jailbreaks after fine-tuning on instructions (Table 16)."""
+    return _table("table16", table, config)
+
+
+def table17(table: pd.DataFrame, config: Config) -> Output:
+    """The same after dialogues (Table 17), and after arithmetic."""
+    return _table("table17", table, config)
+
+
+def _table(artefact: str, table: pd.DataFrame, config: Config) -> Output:
+    rows = []
+    named = [name for name in JAILBREAKS if name in config.experiment.jailbreaks]
+    asked = [_PLAIN, *named] if named else []
+    for attack in _ATTACKS[artefact]:
+        printed = _printed(artefact, attack)
+        own = [name for name in asked if not _measured(table, attack, name, config).empty]
+        rest = [name for name in printed if name not in own]
+        for jailbreak in (*own, *rest):
+            row = _row(table, attack, jailbreak, config)
+            rows.append({**row, "paper's model": printed.get(jailbreak, "")})
+    shown = pd.DataFrame(rows)
+    if len(_ATTACKS[artefact]) == 1:
+        shown = shown.drop(columns="fine-tuned on")
+    return Output(_note(table, config), filled(shown))
+
+
+def _plain(table: pd.DataFrame, config: Config) -> str:
+    """The prompts as they are called (:func:`ssah.lab.metrics.behaviour.jailbroken`)."""
+    name = config.experiment.jailbreak_prompts
+    return name if (table["set"] == name).any() else "AdvBench"
+
+
+def _columns(attack: str, rule: str, like: str, config: Config) -> dict[str, Any]:
+    """The arm that the paper's rule chooses."""
+    epoch = 1 if rule == NOTHING else config.finetune.epochs
+    return {"method": "frozen", "attack": attack, "rule": rule, "like": like, "epoch": epoch}
+
+
+def _measured(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> pd.DataFrame:
+    on = _plain(table, config) if jailbreak == _PLAIN else jailbreak
+    return rows_of(table, "ASR", set=on, **_columns(attack, NOTHING, "", config))
+
+
+def _row(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> dict[str, str]:
+    on = _plain(table, config) if jailbreak == _PLAIN else jailbreak
+    whole = estimate(table, "ASR", set=on)
+    row = {
+        "fine-tuned on": attack,
+        "jailbreak": jailbreak,
+        "prompts": "" if whole is None else str(whole.n),
+        "initial": format_estimate(whole),
+    }
+    for rule, like in _ARMS:
+        arm = _columns(attack, rule, like, config)
+        name = "nothing frozen" if rule == NOTHING else name_of({**arm, "setting": ""})
+        row[name] = format_estimate(estimate(table, "ASR", set=on, **arm))
+        if rule != NOTHING:
+            change = estimate(table, "ASR", set=on, against=ONE_EPOCH, **arm)
+            row[f"{name}: difference"] = format_estimate(change)
+    return row
+
+
+def _printed(artefact: str, attack: str) -> dict[str, str]:
+    """Jailbreak -> the paper's numbers of one attack: initial, and the three arms."""
+    found = paper(artefact)
+    settings = ["initial", *(f"{_PAPER_SETS.get(attack)}:{name}" for name in _PAPER_SETTINGS)]
+    if (settings[-1], "gcg") not in found:
+        return {}
+    return {
+        name: ", ".join(f"{found[setting, metric]:.1f}" for setting in settings)
+        for metric, name in _PAPER_JAILBREAKS.items()
+    }
+
+
+_PAPER_NOTE = (
+    "The paper's model (Llama-2-7B-Chat, HarmBench): initial, nothing frozen, ESU + 6 % CU, ESU + "
+    "all CU. AutoDAN and PAIR need a model that attacks; it is no part of this project, so that "
+    "only the paper's numbers stand in their rows."
+)
+
+_NOT_MEASURED = (
+    "Not measured here: jailbreaks are part of `experiment=published` (experiment.jailbreaks names "
+    "them). "
+)
+
+
+def _note(table: pd.DataFrame, config: Config) -> str:
+    jailbreaks, evaluate = config.experiment.jailbreaks, config.evaluate
+    if not table["set"].isin(jailbreaks).any():
+        return _NOT_MEASURED + _PAPER_NOTE
+    note = (
+        f"ASR, share of harmful prompts that are answered ({_plain(table, config)}), when they are "
+        "asked by a jailbreak (docs/jailbreaks.md), judged against the prompt itself; none: as "
+        "they are. Nothing frozen: after one epoch; the other arms after the last (the paper's "
+        "rule). Difference: points from nothing frozen, on the same prompts (paired 95 % "
+        "interval); below zero is safer. Prefill: the answer begins with so many tokens of a "
+        "compliant one, and what follows is judged. "
+    )
+    if {GCG, GCG_TRANSFERRED} & {*jailbreaks}:
+        note += (
+            f"GCG: {evaluate.gcg_steps} steps of {evaluate.gcg_width} candidates (usual: 500 and "
+            f"512) against each model, for {evaluate.gcg_behaviours} prompts at most; initial "
+            "model's: suffixes that were found on that one. "
+        )
+    if any(name.startswith("many-shot") for name in jailbreaks):
+        note += (
+            "Many-shot: so many harmless requests with answers, as far as there are held-out rows "
+            "and the context has room. "
+        )
+    return note + _PAPER_NOTE
+
+
+# --- depth -----------------------------------------------------------------------------------
+
+#: Rule -> marker, colour, line.
+_LINES = {
+    NOTHING: ("s", COLOURS["EUU"], "-"),
+    CU6: ("o", COLOURS["ESU"], "-"),
+    ALL_CU: ("D", COLOURS["CU"], "-"),
+    "random": ("^", COLOURS["random"], "--"),
+}
+
+
+def fig_depth(table: pd.DataFrame, config: Config) -> Output:
+    """ASR against the number of prefilled tokens: how deep refusals are (Qi et al. 2024)."""
+    jailbreaks = config.experiment.jailbreaks
+    named = [(k, prefilled(k)) for k in DEPTHS if prefilled(k) in jailbreaks]
+    depths = [(0, _plain(table, config)), *named]
+    output = Output(
+        f"ASR ({_plain(table, config)}) when the answer already begins with so many tokens of "
+        'a compliant opening, such as "Sure, here is a tutorial on"; what the model says after '
+        "it is judged, so that a model whose refusals are only its first words is seen to answer "
+        "(arXiv 2406.05946). At 0 the prompts as they are, judged from the answer's first word. "
+        "Before and after fine-tuning on instructions, by the paper's rule for epochs. Bars: 95 % "
+        "intervals."
+    )
+    if not named or not table["set"].isin([name for _, name in named]).any():
+        output.note = _NOT_MEASURED.strip()
+        output.figure = new_figure(4, 1)
+        return output
+    arms: list[tuple[str, dict[str, Any], tuple[str, str, str]]]
+    arms = [("initial", {}, ("v", COLOURS["RU"], "-"))]
+    for arm in arms_of(table, method="frozen", attack=MAIN_ATTACK, setting=""):
+        wanted = _columns(MAIN_ATTACK, arm["rule"], arm["like"], config)
+        if (arm["rule"], arm["like"]) in _ARMS and arm["epoch"] == wanted["epoch"]:
+            arms.append((f"frozen: {name_of(arm)}", wanted, _LINES[arm["rule"]]))
+    with styled():
+        output.figure = new_figure(6, 3.6)
+        axes = output.figure.subplots()
+        for number, (name, arm, (marker, colour, line)) in enumerate(arms):
+            found = [(k, estimate(table, "ASR", set=on, **arm)) for k, on in depths]
+            known = [(k, e) for k, e in found if e is not None]
+            if not known:
+                continue
+            shift = 0.08 * (number - len(arms) / 2)
+            axes.errorbar(
+                [k + shift for k, _ in known], [e.value for _, e in known],
+                yerr=[[e.value - e.low for _, e in known], [e.high - e.value for _, e in known]],
+                fmt=marker, ls=line, ms=4, color=colour, capsize=2, lw=1, label=name,
+            )  # fmt: skip
+        axes.set_xticks([k for k, _ in depths])
+        axes.set(xlabel="prefilled tokens", ylabel="ASR, %", ylim=(-3, 103))
+        axes.legend(fontsize=7)
+    return output
