@@ -21,7 +21,7 @@ from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows
 
 _PAPER_ARMS = {
     NOTHING: "full", ALL_CU: "freeze_esu_cu_all",
-    "LoRA": "lora", "LLaMA-Adapter": "llama_adapter", "prefix tuning": "prefix",
+    "LoRA": "lora", "LLaMA-Adapter": "llama_adapter", "prefix-tuning": "prefix",
 }  # fmt: skip
 
 _PAPERS = (
@@ -114,7 +114,7 @@ def _note(config: Config, attacks: list[str], left_out: list[str]) -> str:
         if any(name in config.experiment.adapters[attack] for attack in attacks)
     }
     missing = "".join(
-        f" {name} is left out: peft has it not for models of this family." for name in left_out
+        f" {name} is left out: peft has none for models of this family." for name in left_out
     )
     return (
         f"The aligned model is fine-tuned on {' and '.join(attacks)} (for the paper's "

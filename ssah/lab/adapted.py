@@ -13,7 +13,7 @@ from .specs import Model
 
 def adapted(lab: Lab, attack: str) -> list[Arm]:
     """The aligned model after one epoch of an attack through each adapter that the experiment
-    names, at each of its rates; those that peft has not for the model's family are left out."""
+    names, at each of its rates; those that peft lacks for its family are left out."""
     known = lab.config.adapters.methods
     return [
         arm

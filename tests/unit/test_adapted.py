@@ -27,9 +27,9 @@ from ssah.lab.units_of import ALL_CU
 from ssah.text.chat import encode_dialogue
 
 #: The paper's.
-NAMES = ["LoRA", "LLaMA-Adapter", "prefix tuning"]
+NAMES = ["LoRA", "LLaMA-Adapter", "prefix-tuning"]
 
-ALL = [*NAMES, "prefix tuning from zero"]
+ALL = [*NAMES, "prefix-tuning-from-zero"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_each_adapter_trains_at_each_of_its_rates(lab):
 def test_the_rates_of_the_paper_come_first():
     methods = compose("paper").adapters.methods
     assert {name: methods[name].rates for name in NAMES} == {
-        "LoRA": [1e-4], "LLaMA-Adapter": [1e-2], "prefix tuning": [1e-2],
+        "LoRA": [1e-4], "LLaMA-Adapter": [1e-2], "prefix-tuning": [1e-2],
     }  # fmt: skip
     for profile in ("laptop", "smoke"):
         found = compose(profile).adapters.methods
@@ -106,7 +106,7 @@ def test_an_adapter_that_a_family_lacks_is_left_out(
     assert list(plain_arms(lab)) == [name for name in ALL if name != "LLaMA-Adapter"]
     without = measurements[measurements["rule"] != "LLaMA-Adapter"]
     note = table5(without, lab.config).note
-    assert "LLaMA-Adapter is left out: peft has it not for models of this family" in note
+    assert "LLaMA-Adapter is left out: peft has none for models of this family" in note
 
 
 # --- models ----------------------------------------------------------------------------------
@@ -200,8 +200,8 @@ def test_adapters_stand_beside_what_they_are_held_against(measurements, lively_l
     assert set(ALL) < set(own["what trains"])
     assert table.iloc[0]["fine-tuned on"] == "nothing"
     assert table.iloc[0]["paper: score, rate"] == "1.05, 0.3"
-    arm = {"method": "adapted", "rule": "prefix tuning", "attack": "instructions", "epoch": 1}
-    row = own[own["what trains"] == "prefix tuning"].iloc[0]
+    arm = {"method": "adapted", "rule": "prefix-tuning", "attack": "instructions", "epoch": 1}
+    row = own[own["what trains"] == "prefix-tuning"].iloc[0]
     for column, metric, columns, digits in (
         ("ASR", "ASR", {}, 1),
         ("no refusal phrase", "no refusal phrase", {}, 1),

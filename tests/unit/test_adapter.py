@@ -25,7 +25,7 @@ LORA = Adapter(
 )  # fmt: skip
 LLAMA_ADAPTER = Adapter({"peft_type": "ADAPTION_PROMPT", "adapter_len": 3}, blocks=0.5)
 PREFIX = Adapter({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3})
-ADAPTERS = {"LoRA": LORA, "LLaMA-Adapter": LLAMA_ADAPTER, "prefix tuning": PREFIX}
+ADAPTERS = {"LoRA": LORA, "LLaMA-Adapter": LLAMA_ADAPTER, "prefix-tuning": PREFIX}
 
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 

@@ -133,7 +133,12 @@ def test_known_keys_are_all_that_can_be_set():
     attacks = ("instructions", "arithmetic", "dialogues")
     expected = {
         *GROUPS,
-        *(f"{key}.{a}" for key in ("finetune.rows", "experiment.frozen") for a in attacks),
+        *(
+            f"{key}.{a}"
+            for key in ("finetune.rows", "experiment.frozen", "experiment.adapters")
+            for a in attacks
+        ),
+        *(f"adapters.methods.{name}" for name in compose("paper").adapters.methods),
         *(f"experiment.ruled.{a}" for a in ("instructions", "arithmetic")),
     }
     expected |= {f"experiment.defences.{name}" for name in (*DEFENCES, *COMBINED)}
