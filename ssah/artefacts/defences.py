@@ -13,7 +13,7 @@ from ..lab import catalogue, defended
 from ..lab.arms import Arm
 from ..lab.catalogue import NOTHING
 from ..lab.config import Config
-from ..lab.defended import ATTACKS, LONG
+from ..lab.defended import LONG
 from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import has_prompts
@@ -49,7 +49,7 @@ def ask_table_defences(lab: Lab) -> list[Measure]:
     if not lab.config.experiment.defences:
         return []
     whole, asked = catalogue.whole(lab), _ask(lab, catalogue.whole(lab))
-    for attack in ATTACKS:
+    for attack in lab.config.experiment.defended_in:
         arms = [*defended.plain(lab, attack), *defended.arms(lab, attack)]
         for arm in arms:
             asked += _ask(lab, arm)
@@ -150,7 +150,7 @@ def table_defences(table: pd.DataFrame, config: Config) -> Output:
     if not choice:
         return Output(_ABSENT.format("defences"), pd.DataFrame())
     rows = [_row(table, {"attack": "nothing"}, "", "", {})]
-    for attack in ATTACKS:
+    for attack in config.experiment.defended_in:
         for rule in (NOTHING, CU6):
             name = "none" if rule == NOTHING else f"{rule} frozen"
             rows.append(_row(table, {"attack": attack}, name, "", _undefended(rule, attack)))

@@ -77,6 +77,7 @@ def check(lab: Lab) -> None:
         ("frozen", experiment.frozen, ATTACKS),
         ("ruled", experiment.ruled, RULED_ATTACKS),
         ("ruled", ruled, RULED),
+        ("defended_in", experiment.defended_in, ATTACKS),
         ("defended_longer", experiment.defended_longer, [*experiment.defences]),
         ("adapters", experiment.adapters, ATTACKS),
         ("adapters", adapters, lab.config.adapters.methods),

@@ -167,6 +167,9 @@ class ExperimentConfig:
     conditions: list[str] = field(default_factory=list)  #: arms of fig_conditions beside Table 2's
     #: defence -> strengths of it, the recommended one first (table_defences)
     defences: dict[str, list[float]] = field(default_factory=dict)
+    #: attacks under which they are measured: strengths are chosen in the main one, and the others
+    #: test the choice
+    defended_in: list[str] = field(default_factory=lambda: ["instructions", "arithmetic"])
     defended_longer: list[str] = field(default_factory=list)  #: of them, for fig_defences_steps
     ru_share: float = within(0.2, high=1, above=0)  #: what Table 4 calls RU
     aligned_through: list[str] = field(default_factory=list)  #: arms of Table 4

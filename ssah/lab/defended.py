@@ -16,10 +16,6 @@ from .specs import Defended
 from .stages.lessons import MAIN_ATTACK
 from .units_of import CU6, group
 
-#: Attacks by what they are for: settings are chosen in the first one, and what was chosen is tested
-#: in the second, whose rows had no part in it.
-ATTACKS = (MAIN_ATTACK, "arithmetic")
-
 #: Epochs of the runs that show whether a defence prevents or delays.
 LONG = 6
 
