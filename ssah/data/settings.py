@@ -1,13 +1,14 @@
-"""Settings of the sets."""
+"""Settings of the sets and of models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from ..core.valid import one_of, within
+
+#: Hydra's mark of a setting that has to be given (``omegaconf.MISSING``), which is not needed here.
+REQUIRED: Any = "???"
 
 
 @dataclass
@@ -18,10 +19,22 @@ class DataConfig:
     are not set are shares of what is given.
     """
 
-    source: str = one_of(MISSING, "embedded", "toy", "files")
+    source: str = one_of(REQUIRED, "embedded", "toy", "files")
     split_seed: int = within(0, 0)
     near_duplicate: float = within(0.5, high=1, above=0)
     align: int | None = within(None, 0)
     evaluation: int | None = within(None, 1)
     search: int | None = within(None, 1)
     files: dict[str, Any] = field(default_factory=dict)  #: set name -> path or hub source
+
+
+@dataclass
+class ModelConfig:
+    """The model under study. ``source``: ``embedded``, ``tiny``, a folder, or a hub id."""
+
+    name: str = REQUIRED
+    source: str = REQUIRED
+    revision: str | None = None
+    dtype: str = one_of("float32", "float32", "bfloat16", "float16")
+    attn_implementation: str = one_of("sdpa", "sdpa", "eager", "flash_attention_2")
+    chat_template: str | None = one_of(None, "chatml")  #: null: the tokenizer's own

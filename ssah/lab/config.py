@@ -20,23 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from ..core.errors import InvalidValueError, SsahError, suggestion
 from ..core.paths import conf_dir
 from ..core.valid import all_within, check, one_of, require_word, some_of, within, within_each
-from ..data.settings import DataConfig
+from ..data.settings import DataConfig, ModelConfig
 from ..scoring.settings import VarianceOver
 from ..text.settings import Tokens
 from ..training.settings import AlignConfig, TrainingConfig
 from ..units.families import BlockKind, UnitKind
-
-
-@dataclass
-class ModelConfig:
-    """The model under study. ``source``: ``embedded``, ``tiny``, a folder, or a hub id."""
-
-    name: str = MISSING
-    source: str = MISSING
-    revision: str | None = None
-    dtype: str = one_of("float32", "float32", "bfloat16", "float16")
-    attn_implementation: str = one_of("sdpa", "sdpa", "eager", "flash_attention_2")
-    chat_template: str | None = one_of(None, "chatml")  #: null: the tokenizer's own
 
 
 @dataclass

@@ -21,11 +21,11 @@ from ..core.progress import quiet
 from ..core.store import Handle, Store, digest, file_digest
 from ..core.valid import require_word
 from ..data.assets import MODELS, fetch
+from ..data.settings import ModelConfig
 from ..data.toy import build_tiny_model
 from ..text.chat import CHATML, FIXED_DATE
 from ..units.families import family_of
 from ..units.layout import UnitLayout
-from .config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

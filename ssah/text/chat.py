@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -29,26 +30,36 @@ _ANSWER = "ANSWER"
 # --- text to tokens --------------------------------------------------------------------------
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str = "") -> str:
-    """The chat template's text up to where the answer begins.
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str = "",
+    before: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The chat template's text up to where the answer begins, behind earlier turns.
 
     A template that can make the model think first is told not to. Where it knows no system turn
     (Gemma's), the system prompt opens the user's.
     """
     from jinja2 import TemplateError
 
-    user = [{"role": "user", "content": prompt}]
+    turns = [
+        {"role": role, "content": content}
+        for turn in before
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    turns.append({"role": "user", "content": prompt})
     if system:
         try:
-            text = _rendered(tokenizer, [{"role": "system", "content": system}, *user])
+            text = _rendered(tokenizer, [{"role": "system", "content": system}, *turns])
             if system.strip() in text:
                 return text
             reason = "it is left out"
         except TemplateError as error:
             reason = str(error)
         logger.info("The template has no system turn (%s): it opens the user's.", reason)
-        user = [{"role": "user", "content": f"{system}\n\n{prompt}"}]
-    return _rendered(tokenizer, user)
+        turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
+    return _rendered(tokenizer, turns)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -93,6 +104,8 @@ def encode_dialogue(
     prompt: str,
     response: str,
     *,
+    system: str = "",
+    before: Sequence[tuple[str, str]] = (),
     end: bool = True,
     max_response_tokens: int | None = None,
 ) -> tuple[list[int], list[int]]:
@@ -100,7 +113,7 @@ def encode_dialogue(
 
     A response cut at ``max_response_tokens`` gets no end token.
     """
-    head = encode(tokenizer, render_prompt(tokenizer, prompt))
+    head = encode(tokenizer, render_prompt(tokenizer, prompt, system, before))
     body = encode(tokenizer, response)
     if max_response_tokens is not None and len(body) > max_response_tokens:
         return head, body[:max_response_tokens]

@@ -1,0 +1,53 @@
+"""What every command line does: known errors become one sentence on stderr."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+
+import click
+
+from ..core.errors import SsahError
+
+
+def call(command: click.Command, arguments: Sequence[str] | None) -> int:
+    """Run ``ssah`` with these words, or those of the process; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sentence, status = "", 1
+    try:
+        # Called with no word at all, click takes it for a mistake.
+        return command.main(words or ["--help"], prog_name="ssah", standalone_mode=False) or 0
+    except SsahError as error:
+        sentence = str(error)
+    except click.ClickException as error:
+        sentence = f"{error.format_message()} See ssah --help."
+    except click.Abort:
+        sentence, status = "interrupted; finished stages are kept, run the same again.", 130
+    except MemoryError:
+        sentence = "out of memory: lower evaluate.batch_size and attribution.batch_size."
+    except Exception as error:
+        sentence = _known(error)
+        if not sentence:
+            raise
+    click.echo(f"ssah: {sentence}", err=True)
+    return status
+
+
+def _known(error: Exception) -> str:
+    """A sentence for what libraries raise where memory or disk space ends; "" for anything else."""
+    text = str(error)
+    full = ("No space left on device", "PytorchStreamWriter failed writing", "Disk quota exceeded")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        t in text for t in full
+    ):
+        return (
+            "no disk space is left: free some or point SSAH_HOME at another disk. What was "
+            "finished is kept."
+        )
+    if isinstance(error, RuntimeError) and "out of memory" in text:
+        return (
+            "the device is out of memory: lower evaluate.batch_size and attribution.batch_size, "
+            "or use runtime.device=cpu."
+        )
+    return ""
