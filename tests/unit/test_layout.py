@@ -139,7 +139,7 @@ def test_without_the_extras_the_command_says_what_to_install():
     code = "import sys; sys.modules['click'] = None; import ssah.__main__ as m; sys.exit(m.main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
-    assert "needs click: pip install 'ssah[study]'" in done.stderr
+    assert "needs click: pip install 'ssah[protect]'" in done.stderr
 
 
 def test_the_conda_environment_uses_the_lock():
