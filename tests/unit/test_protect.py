@@ -141,7 +141,7 @@ def test_a_model_that_never_refuses_has_nothing_to_protect(toy, chat_model, monk
 def test_a_full_disk(toy, chat_model, monkeypatch):
     full = SimpleNamespace(free=100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: full)
-    with pytest.raises(SsahError, match="has 0.0 GB free and this needs"):
+    with pytest.raises(SsahError, match=r"has 0\.0 GB free and this needs"):
         run(chat_model, toy)
 
 
