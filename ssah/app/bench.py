@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import multiprocessing
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -26,8 +30,10 @@ from ..scoring.attribution import collect_statistics
 from ..scoring.selectors import magnitude, matched_by, random_rank, sized
 from ..text.batches import dialogue_batches
 from ..text.chat import encode_dialogue
-from ..text.forward import scored_logits
+from ..training.defences import DEFENCES, Defence
+from ..training.defences.base import Step
 from ..training.lora import adapters, rank_for
+from ..training.loss import collate, summed_loss
 from ..training.slicing import freeze_units, train_only
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
@@ -48,7 +54,8 @@ def bench(profile: str, overrides: Sequence[str]) -> Path:
     machine = torch.cuda.get_device_name() if on_gpu else provenance()["machine"]
     note = (
         f"One AdamW step on {ROWS} x {TOKENS} tokens. Ratios: median and range of {PAIRS} pairs "
-        "with a full step beside it; peak memory: of a process of its own.\n\n"
+        "with a full step beside it; peak memory: of a process of its own. Of defences: what a "
+        "step costs (Lisa: every fourth one is two); what SafeLoRA does at the end is left out.\n\n"
         f"{attribution(profile, overrides)}\n\n"
         f"Profile {stamp['profile']}, model {stamp['model']}, commit {commit()}, "
         f"{machine}."
@@ -181,17 +188,32 @@ def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Tra
     model = load_model(lab.given, lab.config.model, lab.device).train()
     model.get_input_embeddings().requires_grad_(False)
     model.get_output_embeddings().requires_grad_(False)
-    ids = torch.randint(3, model.config.vocab_size, (ROWS, TOKENS), device=model.device)
-    scored = torch.zeros(ROWS, TOKENS - 1, dtype=torch.bool, device=model.device)
-    scored[:, TOKENS // 2 :] = True  # half prompt, half response
-    attention = torch.ones_like(ids)
-    with WAYS[name](lab.layout, model):
+    ids = torch.randint(3, model.config.vocab_size, (2 * ROWS, TOKENS)).tolist()
+    half = TOKENS // 2 + 1  # half prompt, half response
+    dialogues = [(row[:half], row[half:]) for row in ids]
+    with WAYS[name](lab.layout, model) as found:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        defence = Defence() if found is None else found
+        defence.refusals = dialogues[ROWS:]
+        rows, anchors = defence.lesson(dialogues[:ROWS], random.Random(0))
+        batch = collate(
+            [{"prompt": p, "response": r} for p, r in rows]
+            + [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
+        )
+        batch = {key: part.to(model.device) for key, part in batch.items()}
+        weigh = defence.token_weights if defence.weighs_tokens else None
+        defence.begin(model)
+        numbers = itertools.count()
 
         def step() -> None:
-            logits = scored_logits(model, ids, attention, scored)
-            nn.functional.cross_entropy(logits, ids[:, 1:][scored]).backward()
+            total, tokens = summed_loss(
+                model, batch, defence.reference, defence.anchor_weight, weigh
+            )
+            (total / tokens).backward()
+            at = Step(model, optimizer, next(numbers), ROWS, max_norm=1.0)
+            defence.before_step(at)
             optimizer.step()
+            defence.after_step(at)
             optimizer.zero_grad(set_to_none=True)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -242,6 +264,12 @@ def _lora(layout: UnitLayout, model: PreTrainedModel, *, inside: bool) -> Any:
     return adapters(model, rank, redundant if inside else None)
 
 
+def _defended(kind: type[Defence], model: PreTrainedModel) -> AbstractContextManager[Defence]:
+    """A defence at a strength that all can have; of what they cost little depends on it."""
+    reference = copy.deepcopy(model) if "reference" in kind.looks_at else None
+    return nullcontext(kind(0.1, reference=reference))
+
+
 FULL = "all units"
 
 #: Way to train -> a context in which the model trains that way.
@@ -260,4 +288,8 @@ WAYS: dict[str, Callable[[UnitLayout, PreTrainedModel], Any]] = {
     "all but ESU + 6 % CU, gradient masking": lambda layout, model: _gradient_masking(
         model, layout, ~_safety(layout)
     ),
+    **{
+        f"all units, {name}": functools.partial(lambda kind, _, model: _defended(kind, model), kind)
+        for name, kind in DEFENCES.items()
+    },
 }

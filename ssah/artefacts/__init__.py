@@ -64,6 +64,7 @@ class Artefact:
 
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
+RIVALS = "05_rivals"
 BUDGET, VERDICTS = "06_alignment_budget", "09_verdicts"
 
 #: All artefacts, in the order of the notebooks.
@@ -93,6 +94,9 @@ ARTEFACTS = {
         Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "sufficiency"),
         Artefact("table14", "Freezing in Mistral, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing in Mistral, arithmetic", FREEZING, "freezing"),
+        Artefact("table_defences", "Defences that train", RIVALS, "defences"),
+        Artefact("fig_defences", "Safety against what is learned", RIVALS, "defences"),
+        Artefact("fig_defences_steps", "Prevented or delayed?", RIVALS, "defences"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment"),
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),

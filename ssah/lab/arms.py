@@ -21,8 +21,9 @@ class Arm:
 
     make: Callable[[], Model] = field(compare=False, repr=False)
     base: str = "aligned"  #: or ``unaligned``: what was there before
-    method: str = ""  #: of what happens: ``removed``, ``frozen``, ``patched``, ``trained``
-    rule: str = ""  #: which units: ``ESU``, ``random`` ...
+    #: of what happens: ``removed``, ``frozen``, ``patched``, ``trained``, ``defended``
+    method: str = ""
+    rule: str = ""  #: which units: ``ESU``, ``random`` ..., or which defence
     like: str = ""  #: for a control: the rule whose numbers of heads and neurons it has
     attack: str = ""  #: what the model was fine-tuned on
     epoch: int = 0  #: of that
@@ -56,6 +57,8 @@ class Arm:
             return f"{after}{units} frozen{setting}{draw}"
         if self.method == "patched":
             return f"{after}{units} patched{setting}{draw}"
+        if self.method == "defended":
+            return f"{after}defended by {units}{setting}"
         if self.method == "trained":
             return f"{after}aligned through {units}{setting}{draw}"
         return f"{self.base}{setting}"

@@ -44,7 +44,10 @@ WIDER = 0.25
 
 def check(lab: Lab) -> None:
     """Raise :class:`SsahError` for a name in the experiment that means nothing."""
+    from .defended import require_strengths  # which stands on this module
+
     experiment = lab.config.experiment
+    require_strengths(experiment.defences)
     frozen = [name for names in experiment.frozen.values() for name in names]
     for key, names, valid in (
         ("removed", experiment.removed, [arm.units for arm in _all_removed(lab)]),
@@ -54,6 +57,7 @@ def check(lab: Lab) -> None:
         ("instructed", experiment.instructed, ATTACKS),
         ("stability", experiment.stability, COMPARISONS),
         ("frozen", experiment.frozen, ATTACKS),
+        ("defended_longer", experiment.defended_longer, [*experiment.defences]),
         ("conditions", experiment.conditions, [arm.units for arm in _all_conditions(lab)]),
         ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
     ):
@@ -301,7 +305,7 @@ def attacked(lab: Lab, arm: Arm) -> Arm:
 
     def make() -> Model:
         whole = arm.model == lab.aligned  # of which Table 2 has the longer run
-        changes = {} if whole else {"epochs": 1}
+        changes: dict[str, Any] = {} if whole else {"epochs": 1}
         return arm.model.trained(MAIN_ATTACK, EVERYTHING, 1, **changes)
 
     columns = arm.columns() | {"attack": MAIN_ATTACK, "epoch": 1}
@@ -497,7 +501,7 @@ def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
     def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
         @functools.cache
         def trained() -> Model:
-            changes = {"epochs": epochs} if epochs == 1 else {}
+            changes: dict[str, Any] = {"epochs": epochs} if epochs == 1 else {}
             return GIVEN.trained(attack, part(), **changes)
 
         return [

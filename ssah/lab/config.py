@@ -125,6 +125,9 @@ class ExperimentConfig:
     cu_percents: list[float] = all_within([], 0, 100)  #: frozen beside ESU in fig8
     frozen_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 2
     conditions: list[str] = field(default_factory=list)  #: arms of fig_conditions beside Table 2's
+    #: defence -> strengths of it, the recommended one first (table_defences)
+    defences: dict[str, list[float]] = field(default_factory=dict)
+    defended_longer: list[str] = field(default_factory=list)  #: of them, for fig_defences_steps
     ru_share: float = within(0.2, high=1, above=0)  #: what Table 4 calls RU
     aligned_through: list[str] = field(default_factory=list)  #: arms of Table 4
     ru_shares: list[float] = all_within([], 0, 1)  #: other shares of RU in Table 4

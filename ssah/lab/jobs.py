@@ -100,8 +100,9 @@ def _job_of(arm: Arm) -> str:
     """Epochs of one training are one job; so are a model and what an attack makes of it."""
     if arm.method == "patched":
         return f"{arm.attack}: frozen: {NOTHING}"  # which trains what is patched
-    if arm.method not in ("frozen", "trained"):
+    if arm.method not in ("frozen", "defended", "trained"):
         return "units removed" if arm.method else f"the {arm.base} model"
     draw = "" if arm.draw is None else f", draw {arm.draw}"
-    what = f"{arm.attack}: frozen: " if arm.method == "frozen" else "aligned through "
+    after = f"{arm.attack}: {arm.method}: "
+    what = "aligned through " if arm.method == "trained" else after
     return f"{what}{arm.units}{draw}"

@@ -15,6 +15,14 @@ REFUSALS = "refusals"
 
 
 @dataclass(frozen=True)
+class Defended:
+    """With a defence of :data:`ssah.training.defences.DEFENCES`, of some strength."""
+
+    name: str
+    strength: float
+
+
+@dataclass(frozen=True)
 class Train:
     """Training on some rows: refusals, with the benign distribution held in place, or an attack's.
 
@@ -26,6 +34,7 @@ class Train:
     part: Part = EVERYTHING
     changes: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
+    defence: Defended | None = None
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,15 @@ class Model:
     step: Train | Ablate | Patch | None = None
 
     def trained(
-        self, rows: str, part: Part = EVERYTHING, epoch: int | None = None, **changes: Any
+        self,
+        rows: str,
+        part: Part = EVERYTHING,
+        epoch: int | None = None,
+        defence: Defended | None = None,
+        **changes: Any,
     ) -> Model:
         """This model after training on some rows."""
-        return Model(self, Train(rows, part, changes, epoch))
+        return Model(self, Train(rows, part, changes, epoch, defence))
 
     def ablated(self, mask: UnitMask, mode: Mode = "zero", source: Handle | None = None) -> Model:
         """This model without some units."""

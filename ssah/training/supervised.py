@@ -10,50 +10,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.errors import SsahError
 from ..core.progress import quiet
 from ..core.runtime import seed_everything
-from ..text.batches import pad
-from ..text.forward import scored_logits
+from .defences.base import Defence, Step
+from .loss import collate, summed_loss
 from .settings import TrainingConfig
 
 
 class ResponseTrainer(Trainer):
-    """A Trainer whose loss is the mean over response tokens, with logits computed only there.
+    """A Trainer whose loss is that of responses (:func:`ssah.training.loss.summed_loss`).
 
-    On a small model with a large vocabulary the head is a third of the work, and half of the
-    positions are prompt. Gradients are those of the usual loss. Rows marked ``anchored`` have no
-    right answer to learn: their loss is the divergence KL(reference || model) at each response
-    token, times ``anchor_weight``, which holds the model where ``reference`` is.
+    Rows marked ``anchored`` are held to ``reference``, by ``anchor_weight``. What a defence
+    remembers is kept in checkpoints.
     """
 
     reference: PreTrainedModel | None = None
     anchor_weight: float = 1.0
+    defence = Defence()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise NotImplementedError("This trainer computes losses only.")
-        target = inputs["labels"][:, 1:]
-        scored = target != -100
-        ids, attention = inputs["input_ids"], inputs["attention_mask"]
-        logits = scored_logits(self.accelerator.unwrap_model(model), ids, attention, scored)
-        anchored = inputs.get("anchored", torch.zeros(len(target), dtype=torch.bool))
-        rows = scored.nonzero()[:, 0]
-        soft = anchored.to(rows.device)[rows]
-        total = nn.functional.cross_entropy(logits[~soft], target[scored][~soft], reduction="sum")
-        if soft.any():
-            assert self.reference is not None
-            with torch.no_grad():
-                part = ids[anchored], attention[anchored], scored[anchored]
-                wanted = scored_logits(self.reference, *part).log_softmax(-1)
-            total = total + self.anchor_weight * nn.functional.kl_div(
-                logits[soft].log_softmax(-1), wanted, reduction="sum", log_target=True
-            )
-        return total / (num_items_in_batch if num_items_in_batch is not None else scored.sum())
+        total, tokens = summed_loss(
+            self.accelerator.unwrap_model(model),
+            inputs,
+            self.reference,
+            self.anchor_weight,
+            self.defence.token_weights if self.defence.weighs_tokens else None,
+        )
+        return total / (num_items_in_batch if num_items_in_batch is not None else tokens)
+
+    # Before the file that says that a checkpoint is whole.
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.defence.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.defence.load(Path(checkpoint), self.model.device)
 
 
 @dataclass(frozen=True)
@@ -66,39 +65,42 @@ class TrainingRecord:
     epoch_losses: tuple[float, ...]  #: the same, of the last quarter of each epoch
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` (-100 off the response).
-
-    Where any row is ``anchored``, also which rows are.
-    """
-    ids = [row["prompt"] + row["response"] for row in rows]
-    labels = [[-100] * len(row["prompt"]) + row["response"] for row in rows]
-    batch = {
-        "input_ids": pad(ids, 0),
-        "attention_mask": pad([[1] * len(i) for i in ids], 0),
-        "labels": pad(labels, -100),
-    }
-    anchored = torch.tensor([row.get("anchored", False) for row in rows])
-    return batch | ({"anchored": anchored} if anchored.any() else {})
-
-
 class _EachEpoch(TrainerCallback):
     """Calls back with the number of epochs done, before the checkpoint that says so is written.
 
     No checkpoint is written at the end, where nothing is left to resume.
     """
 
-    def __init__(self, act: Callable[[int], None] | None):
-        self.act = act
+    def __init__(self, act: Callable[[int], None] | None, defence: Defence):
+        self.act, self.defence = act, defence
 
-    def on_epoch_end(self, args, state, control, **rest):
+    def on_epoch_end(self, args, state, control, model=None, **rest):
         if self.act is not None:
-            self.act(round(state.epoch))
+            with self.defence.coming_out(model):
+                self.act(round(state.epoch))
         self.on_step_end(args, state, control)
 
     def on_step_end(self, args, state, control, **rest):
         if state.global_step >= state.max_steps:
             control.should_save = False
+
+
+class _AtEachStep(TrainerCallback):
+    """Lets a defence do what it does before and after the optimizer's step."""
+
+    def __init__(self, defence: Defence):
+        self.defence = defence
+
+    def on_pre_optimizer_step(self, args, state, control, **rest):
+        self.defence.before_step(self._step(args, state, **rest))
+
+    def on_optimizer_step(self, args, state, control, **rest):
+        self.defence.after_step(self._step(args, state, **rest))
+
+    @staticmethod
+    def _step(args, state, model=None, optimizer=None, **rest) -> Step:
+        rows = args.per_device_train_batch_size
+        return Step(model, optimizer, state.global_step, rows, args.max_grad_norm)
 
 
 def supervised_finetune(
@@ -113,6 +115,7 @@ def supervised_finetune(
     anchor_weight: float = 1.0,
     constant_rate: bool = False,
     on_epoch: Callable[[int], None] | None = None,
+    defence: Defence | None = None,
     save_steps: int | None = None,
 ) -> TrainingRecord:
     """Fine-tune in place on (prompt ids, response ids), resuming from a checkpoint in ``folder``.
@@ -121,9 +124,11 @@ def supervised_finetune(
     linearly unless it is constant. A checkpoint is written after each epoch but the last, after a
     call of ``on_epoch(epochs done)``, or every ``save_steps``, and removed at the end. Embeddings
     (and a tied language-model head) train only with ``config.train_embeddings``. Units stay frozen
-    inside :func:`ssah.training.slicing.freeze_units`.
+    inside :func:`ssah.training.slicing.freeze_units`. Of a ``defence`` only what it does from the
+    first step on happens here (:func:`ssah.training.defended.defended_finetune` does all).
     """
     seed_everything(seed)
+    defence = defence or Defence()
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not config.train_embeddings:
             embedding.requires_grad_(False)
@@ -164,16 +169,19 @@ def supervised_finetune(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[_EachEpoch(on_epoch)],
+        callbacks=[_AtEachStep(defence), _EachEpoch(on_epoch, defence)],
     )
     trainer.reference, trainer.anchor_weight = reference, anchor_weight
+    trainer.defence = defence
     if not sys.stderr.isatty():
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
+    defence.begin(model)
     with quiet():
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     shutil.rmtree(work, ignore_errors=True)
+    defence.finish(model)
     model.eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     steps = len(losses) // config.epochs

@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from ssah.app import bench, cli, report
+from ssah.training.defences import DEFENCES
 from ssah.units.layout import UnitLayout
 
 #: Of the tiny model, whose units are 8 heads and 128 neurons: heads and neurons that train.
@@ -21,6 +22,7 @@ TRAINED = {
     "LoRA, as many weights as RU": (8, 128),
     "LoRA inside RU": (0, 27),
     "all but ESU + 6 % CU": (7, 119),
+    **{f"all units, {name}": (8, 128) for name in DEFENCES},
 }
 
 #: Weights of one neuron: three matrices of width 32.

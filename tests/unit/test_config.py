@@ -11,6 +11,8 @@ from ssah.app.study import Study
 from ssah.core.errors import SsahError, suggestion
 from ssah.core.paths import conf_dir
 from ssah.lab.config import GROUPS, PROFILES, Config, check_keys, compose, known_keys, sweep_points
+from ssah.lab.defended import COMBINED
+from ssah.training.defences import DEFENCES
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 OPTIONS = [
@@ -133,6 +135,7 @@ def test_known_keys_are_all_that_can_be_set():
         *GROUPS,
         *(f"{key}.{a}" for key in ("finetune.rows", "experiment.frozen") for a in attacks),
     }
+    expected |= {f"experiment.defences.{name}" for name in (*DEFENCES, *COMBINED)}
     expected |= {
         f"data.files.{name}"
         for name in ("harmful", "benign", *attacks, "harmbench", "hexphi", "do_not_answer")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,7 @@ from ...evaluate import judges
 from ...evaluate.judges import Completion
 from ...evaluate.likelihood import Pair
 from ...text.chat import encode, encode_dialogue
+from ...training.defences.mixing import Mixing
 from ...training.settings import TrainingConfig
 from .measure import Arm
 from .settings import Settings
@@ -39,8 +40,6 @@ PAIRS_FOR_UNITS = 64
 
 #: Checkpoints of a training: a kill loses at most one part in so many.
 CHECKPOINTS = 10
-
-Item = TypeVar("Item")
 
 
 def encode_rows(
@@ -88,12 +87,12 @@ def encode_refusals(subject: Subject, refusals: Sequence[tuple[str, str]]) -> li
     ]
 
 
-def mixed(rows: Sequence[Item], refusals: Sequence[Item], share: float, seed: int) -> list[Item]:
-    """The rows and, as a fraction of them, refusals: in a random order, all of them before any is
-    taken again."""
-    shuffled = random.Random(seed).sample(list(refusals), len(refusals))
-    count = max(round(share * len(rows)), 1)
-    return [*rows, *itertools.islice(itertools.cycle(shuffled), count)]
+def mixed(rows: Sequence[Pair], refusals: Sequence[Pair], share: float, seed: int) -> list[Pair]:
+    """The rows and refusals behind them, as many as a fraction of the rows; where there are not so
+    many different ones, they are taken more than once."""
+    again = math.ceil(share * len(rows) / len(refusals))
+    defence = Mixing(share, [*refusals] * again)
+    return [*defence.rows(rows, random.Random(seed))]
 
 
 def mixed_in(training: Mapping[str, Any]) -> str:

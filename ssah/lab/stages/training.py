@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ...core.store import Handle
+from ...training.defences import DEFENCES
+from ...training.part import Part
 from ...training.settings import AlignConfig, TrainingConfig
 from ..config import FinetuneConfig
 from ..lab import Lab
 from ..load import load_model
-from ..specs import GIVEN, REFUSALS, Model, Train
+from ..specs import GIVEN, REFUSALS, Defended, Model, Train
 from ..stage import stage
 from .lessons import Lesson, lesson
+from .units import Refusals, own_refusals
 
 
 def trained(lab: Lab, base: Model, step: Train) -> Handle:
@@ -27,6 +31,20 @@ def trained(lab: Lab, base: Model, step: Train) -> Handle:
         common["anchor_weight"] = settings.anchor_weight
         return _aligned(lab, base, learned, step.part, lab.seed, common, label=step.rows)
     learned = lesson(lab, step.rows)
+    if step.defence is not None:
+        looks_at = DEFENCES[step.defence.name].looks_at
+        return _defended(
+            lab,
+            base,
+            learned,
+            step.part,
+            lab.seed,
+            common,
+            step.defence,
+            own_refusals(lab, base) if "refusals" in looks_at else None,
+            GIVEN if "unaligned" in looks_at else None,
+            label=step.rows,
+        )
     return _finetuned(lab, base, learned, step.part, lab.seed, common, label=step.rows)
 
 
@@ -85,4 +103,45 @@ def _finetuned(
     if part.train is not None:
         before = load_model(lab.checkpoint(base), lab.config.model, lab.device)
         part.require_kept(model, before.state_dict(), model.state_dict())
+    (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
+
+
+@stage("train", version=1, resumable=True)
+def _defended(
+    lab: Lab,
+    folder: Path,
+    base: Model,
+    learned: Lesson,
+    part: Part,
+    seed: int,
+    settings: dict[str, Any],
+    defence: Defended,
+    refusals: Refusals | None,
+    unaligned: Model | None,
+    label: str,
+) -> None:
+    """The same with a defence. It is a stage of its own so that keys of trainings without one are
+    what they were."""
+    from ...training.defended import defended_finetune
+    from ...training.supervised import save_model
+
+    kind = DEFENCES[defence.name]
+    model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
+    with ExitStack() as stack:
+        acting = kind(
+            defence.strength,
+            refusals.pairs(lab) if refusals is not None else (),
+            stack.enter_context(lab.use(base)) if "reference" in kind.looks_at else None,
+            stack.enter_context(lab.use(unaligned)) if unaligned is not None else None,
+        )
+        stack.enter_context(part.training(model))
+        record = defended_finetune(
+            model,
+            learned.taught(lab),
+            FinetuneConfig(**settings),
+            seed,
+            folder,
+            acting,
+            on_epoch=lambda done: save_model(model, folder / f"epoch-{done}"),
+        )
     (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))

@@ -6,16 +6,18 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...core.errors import SsahError
 from ...core.store import Handle
 from ...data.rows import Row
 from ...evaluate import judges
-from ...evaluate.judges import attack_success
+from ...evaluate.judges import Completion, attack_success
 from ...scoring.attribution import (
     ActivationStatistics,
     collect_statistics,
@@ -33,10 +35,10 @@ from ...units.mask import UnitMask
 from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
 from ..config import AttributionConfig, RolesConfig
 from ..lab import Lab
-from ..specs import Model
+from ..specs import REFUSALS, Model
 from ..stage import stage
 from .answers import answers_to, completions
-from .lessons import Lesson
+from .lessons import Lesson, Pairs, lesson
 from .utility import perplexity_ratio
 
 Purpose = Literal["safety", "utility"]
@@ -343,3 +345,44 @@ def conflict(lab: Lab, learned: Lesson) -> Scores:
     size = lab.config.finetune.micro_batch_size
     run = _conflict(lab, lab.aligned, learned, rows, refusals, config, size)
     return load_file(run.path("conflict.safetensors"))
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """What a model refuses of the prompts that units are scored on, in its own words; prompts that
+    it is evaluated with are never among them. ``judge`` says by whose verdicts."""
+
+    rows: tuple[Row, ...]
+    answers: Handle
+    config: AttributionConfig
+    judge: str
+
+    def pairs(self, lab: Lab) -> Pairs:
+        """Prompt and response ids.
+
+        Of a model that refuses none of them, and was aligned here, those that it was taught.
+        """
+        pairs = _encoded(lab, self.rows, self.answers, self.config)
+        said = self.answers.json("answers.json")
+        asked = [Completion(row.prompt, text) for row, text in zip(self.rows, said, strict=True)]
+        own = [p for p, declined in zip(pairs, judges.refused(asked), strict=True) if declined]
+        if own or not lab.config.align.enabled:
+            return own or _refuses_nothing(lab, len(pairs))
+        return lesson(lab, REFUSALS).taught(lab)
+
+
+def own_refusals(lab: Lab, model: Model) -> Refusals:
+    """The refusals that a defence of a model can rest on."""
+    rows, said = _own_answers(lab, "safety", model)
+    return Refusals(rows, said, lab.config.attribution, judges.identity())
+
+
+def _refuses_nothing(lab: Lab, asked: int) -> NoReturn:
+    raise SsahError(
+        f"{lab.config.model.name} refuses none of the {asked} harmful prompts that units are "
+        "scored on, so that there is nothing to defend: take an aligned model, align this one "
+        "(align=refusals), or leave experiment.defences empty."
+    )
