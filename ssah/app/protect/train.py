@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,6 @@ from ...evaluate import judges
 from ...evaluate.judges import Completion
 from ...evaluate.likelihood import Pair
 from ...text.chat import encode, encode_dialogue
-from ...training.defences.mixing import Mixing
 from ...training.settings import TrainingConfig
 from .measure import Arm
 from .settings import Settings
@@ -88,11 +87,15 @@ def encode_refusals(subject: Subject, refusals: Sequence[tuple[str, str]]) -> li
 
 
 def mixed(rows: Sequence[Pair], refusals: Sequence[Pair], share: float, seed: int) -> list[Pair]:
-    """The rows and refusals behind them, as many as a fraction of the rows; where there are not so
-    many different ones, they are taken more than once."""
-    again = math.ceil(share * len(rows) / len(refusals))
-    defence = Mixing(share, [*refusals] * again)
-    return [*defence.rows(rows, random.Random(seed))]
+    """All rows and, behind them, refusals, as many as a fraction of the rows: all of them, in a
+    random order, before any is taken again.
+
+    A study's :class:`ssah.training.defences.mixing.Mixing` puts them in the place of rows, so that
+    arms take equally many steps; whoever brings rows wants all of them learned.
+    """
+    shuffled = random.Random(seed).sample(list(refusals), len(refusals))
+    count = max(round(share * len(rows)), 1)
+    return [*rows, *itertools.islice(itertools.cycle(shuffled), count)]
 
 
 def mixed_in(training: Mapping[str, Any]) -> str:
