@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -235,6 +236,25 @@ def test_frozen_units_keep_their_bits(toy, chat_model):
         assert not (trained[name] == given[name])[:, kept].all()
 
 
+def test_adapters_load_in_peft_and_are_what_was_measured(toy, chat_model):
+    report = run(chat_model, toy, lora=4)
+    out = toy / "out"
+    assert not (out / "model.safetensors").exists()
+    assert report.facts["Settings"]["learning_rate"] == 2e-2
+    base = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    given = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, out).merge_and_unload().state_dict()
+    (measured_one,) = (toy / "home" / "runs").glob("protected_mixing-*/model.safetensors")
+    written = load_file(measured_one)
+    moved = [name for name, tensor in merged.items() if not torch.equal(given[name], tensor)]
+    assert len(moved) == 2 * 7
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, merged[name].bfloat16())
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
+    with pytest.raises(SsahError, match="lora and a defence that freezes units"):
+        run(chat_model, toy, lora=4, defence="freeze")
+
+
 def test_a_loaded_model_is_left_as_it_is(toy, chat_model):
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
@@ -397,6 +417,7 @@ def test_a_schedule_learns_how_long_things_take():
 def test_memory_is_sixteen_bytes_a_parameter_and_the_activations():
     sizes = Sizes(1_000_000_000, 2, 64, 128, 100, 512)
     assert needs.training_gb(sizes, 0) == 16
+    assert needs.training_gb(sizes, 0, lora=8) == 4 + 16 * 8 * 2 * (11 * 64 + 3 * 128) / 1e9
     more = needs.training_gb(sizes, 1_000_000) - 16
     assert more == pytest.approx(4 * (2 * (9.1 * 64 + 4 * 128) + 300) / 1000)
 
@@ -433,7 +454,7 @@ def test_no_hydra_and_no_notebooks_are_needed():
     code = """
 import sys
 for name in ("hydra", "omegaconf", "papermill", "jupyter", "matplotlib", "seaborn", "sklearn",
-             "datasets", "peft", "submitit"):
+             "datasets", "submitit"):
     sys.modules[name] = None
 import ssah
 import ssah.app.protect.demo

@@ -17,10 +17,11 @@ SAID = {
     "defence": f"{', '.join(DEFENCES)}.",
     "share": "Refusals that are mixed in, as a fraction of the rows.",
     "epochs": "How often the rows are learned.",
-    "learning_rate": "At the beginning; it falls to nothing.",
+    "learning_rate": "At the beginning; it falls to nothing  [default: 2e-5, with --lora 2e-4]",
     "batch_size": "Rows a step.",
     "max_tokens": "Of a row; the rest of its response is cut.",
     "seed": "Of what is drawn.",
+    "lora": "Train LoRA adapters of this rank, which peft loads, in the model's place.",
 }
 
 COUNT = click.IntRange(min=0)
@@ -32,9 +33,10 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
     for name in reversed(SAID):
         option = f"--{name.replace('_', '-')}"
         default = getattr(Settings, name)
-        function = click.option(option, default=default, show_default=True, help=SAID[name])(
-            function
-        )
+        kind = {"learning_rate": float, "lora": int}.get(name)  # have no default to tell it by
+        function = click.option(
+            option, type=kind, default=default, show_default=True, help=SAID[name]
+        )(function)
     return function
 
 

@@ -31,6 +31,7 @@ from .schedule import LEARNED, Schedule, Step, spoken
 from .settings import DEFENCES, Settings
 from .subject import Subject, in_memory, named
 from .train import (
+    ADAPTER,
     encode_refusals,
     encode_rows,
     mixed_in,
@@ -133,7 +134,9 @@ def protect(
     if work.out is not None:
         report.checkpoint = work.out
         write_report(report, work.out)
-        _copy_model(trained["after"].path("config.json").parent, work.out)
+        run = trained["after"]
+        made = run.path("config.json").parent if chosen.lora is None else run.path(ADAPTER)
+        _copy_model(made, work.out)
     return report
 
 
@@ -222,12 +225,13 @@ def _prepared(
             f"The prompts of most rows have more than {chosen.max_tokens // 2} tokens: raise "
             "max_tokens."
         )
-    at_once = micro_batch(subject, chosen.batch_size, max(len(p) + len(r) for p, r in taught))
+    longest = max(len(p) + len(r) for p, r in taught)
+    at_once = micro_batch(subject, chosen.batch_size, longest, chosen.lora)
     arms = {"after": chosen}
     if compare and chosen.defence != "none":
         arms["plain"] = dataclasses.replace(chosen, defence="none")
     folder = _new(out)
-    require_disk(subject, store.root, folder, len(arms))
+    require_disk(subject, store.root, folder, len(arms), chosen.lora)
     prompts = measuring.load_prompts(store)
     warnings = harmful_rows(found.dialogues, prompts)
     if cut:
@@ -343,10 +347,12 @@ def _report(
     done: dict[str, Any] = {"what": DEFENCES[settings.defence]}
     if training is not None and settings.mixes:
         done["refusals among the rows"] = mixed_in(training)
+    if settings.lora is not None:
+        done["what trains"] = f"LoRA adapters of rank {settings.lora}; measured when merged"
     if training is not None and settings.freezes:
         done["units frozen"] = f"{100 * training['frozen_share']:.1f} % of all"
     subject, rows = work.subject, max(len(p) + len(r) for p, r in work.taught)
-    needs = training_gb(subject.sizes, work.at_once * rows)
+    needs = training_gb(subject.sizes, work.at_once * rows, settings.lora)
     memory = f"about {needs:.1f} GB, and {memory_gb(subject.device)[0]:.1f} GB are free"
     facts = {
         "Rows": {
@@ -355,7 +361,8 @@ def _report(
             "held out": len(work.held),
         },
         "Defence": done,
-        "Settings": dataclasses.asdict(settings) | {"rows at once in memory": work.at_once},
+        "Settings": dataclasses.asdict(settings)
+        | {"learning_rate": settings.rate, "rows at once in memory": work.at_once},
         "Cost": {"memory that training needs": memory, **costs},
     }
     title = "Fine-tuning with its refusals protected" if training else "Before fine-tuning"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...core.errors import InvalidValueError
 from ...core.valid import one_of, within
 
 #: Defence -> what it does, as a report says it.
@@ -23,10 +24,24 @@ class Settings:
     defence: str = one_of("mixing", *DEFENCES)
     share: float = within(0.1, high=1, above=0)  #: refusals mixed in, as a fraction of the rows
     epochs: int = within(1, 1)
-    learning_rate: float = within(2e-5, above=0)
+    #: at the beginning; where none is given 2e-5, and 2e-4 for adapters
+    learning_rate: float | None = within(None, above=0)
     batch_size: int = within(8, 1)
     max_tokens: int = within(512, 16)  #: of a row; the rest of its response is cut
     seed: int = within(0, 0)
+    lora: int | None = within(None, 1)  #: rank of the adapters that train in the model's place
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.freezes:
+            raise InvalidValueError(
+                "lora and a defence that freezes units do not go together: adapters leave all "
+                "weights as they are. Use defence=mixing."
+            )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.learning_rate or (2e-5 if self.lora is None else 2e-4)
 
     @property
     def mixes(self) -> bool:

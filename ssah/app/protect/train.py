@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...core.progress import quiet
-from ...core.runtime import peak_memory_mib
+from ...core.runtime import peak_memory_mib, seed_everything
 from ...core.store import Handle, digest
 from ...data.dialogues import Dialogue
 from ...data.rows import Row
@@ -23,6 +22,7 @@ from ...evaluate import judges
 from ...evaluate.judges import Completion
 from ...evaluate.likelihood import Pair
 from ...text.chat import encode, encode_dialogue
+from ...training.lora import adapters, save_adapters
 from ...training.settings import TrainingConfig
 from .measure import Arm
 from .settings import Settings
@@ -36,6 +36,9 @@ REFUSAL_TOKENS = 96
 
 #: Pairs that units are found on, of each kind.
 PAIRS_FOR_UNITS = 64
+
+#: Folder of what comes out of a training with LoRA, as peft reads it.
+ADAPTER = "adapter"
 
 #: Checkpoints of a training: a kill loses at most one part in so many.
 CHECKPOINTS = 10
@@ -114,7 +117,8 @@ def tuned(
     inputs: tuple[str, ...] = (),
 ) -> Handle:
     """The model after fine-tuning, as a plain checkpoint with its tokenizer; ``training.json``
-    says what was done. A training that was killed goes on from its last checkpoint."""
+    says what was done. With LoRA the adapters are merged into it, and in ``adapter`` by themselves.
+    A training that was killed goes on from its last checkpoint."""
     taught = mixed(rows, refusals, settings.share, settings.seed) if settings.mixes else [*rows]
     key: dict[str, Any] = {
         "version": 1,
@@ -123,7 +127,7 @@ def tuned(
         "frozen": digest([rows[:PAIRS_FOR_UNITS], refusals[:PAIRS_FOR_UNITS]])
         if settings.freezes
         else None,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings) | {"learning_rate": settings.rate},
         "micro_batch_size": micro_batch_size,
         "device": subject.device.type,
         "saved_in": str(subject.saved_in),
@@ -149,10 +153,11 @@ def _train(
     from ...training.supervised import save_model, supervised_finetune
 
     begin = time.monotonic()
+    seed_everything(settings.seed)  # adapters begin with random factors
     model = subject.load(subject.checkpoint)
     config = TrainingConfig(
         epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.rate,
         batch_size=settings.batch_size,
         micro_batch_size=micro_batch_size,
     )
@@ -161,14 +166,18 @@ def _train(
     frozen = 0.0
     if settings.freezes:
         part, frozen = _frozen(model, rows, refusals)
+    elif settings.lora is not None:
+        part = adapters(model, settings.lora)
     with part:
         record = supervised_finetune(
             model, taught, config, settings.seed, folder, save_steps=max(steps // CHECKPOINTS, 1)
         )
+        if settings.lora is not None:
+            save_adapters(model, folder / ADAPTER, subject.name)
+            subject.tokenizer.save_pretrained(folder / ADAPTER)
     torch.nn.Module.to(model, subject.saved_in)
     save_model(model, folder)
-    with quiet():
-        subject.tokenizer.save_pretrained(folder)
+    subject.tokenizer.save_pretrained(folder)
     done = {
         **dataclasses.asdict(record),
         "rows": len(rows),
