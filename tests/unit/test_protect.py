@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ssah
 from helpers import Interruption, save_livelier
 from ssah.app import cli
-from ssah.app.protect import measure, needs
+from ssah.app.protect import demo, measure, needs
+from ssah.app.protect.cli import check, protect
 from ssah.app.protect.measure import Losses, Measured, Rates
 from ssah.app.protect.protect import divided
 from ssah.app.protect.report import NUMBERS, PAGE
@@ -321,6 +322,23 @@ def test_the_command_line_protects(toy, chat_model, monkeypatch, capsys):
     assert "chatty-protected" in out.out
 
 
+def test_the_demonstration_removes_as_many_random_units(toy, chat_model, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "MODEL", str(chat_model))
+    assert cli.main(["demo", "--out", str(toy / "demo")]) == 0
+    data = json.loads((toy / "demo" / NUMBERS).read_text())
+    assert set(data["measured"]) == {demo.INTACT, demo.WITHOUT, demo.RANDOM}
+    assert set(data["measured"][demo.INTACT]) == {"AdvBench", "HarmBench", "texts"}
+    perplexities = {m["texts"]["value"] for m in data["measured"].values()}
+    assert len(perplexities) == 3  # each of the two removals changed something
+    assert data["facts"]["What was done"]["units removed"].startswith("2 of 136 (1.5 %)")
+    assert len(data["verdicts"]) == 2
+    page = (toy / "demo" / PAGE).read_text()
+    assert not [
+        p for p in measure.load_prompts(Store(toy / "home" / "runs")).known_harm if p in page
+    ]
+    assert "harmful requests" in capsys.readouterr().out
+
+
 # --- the report ------------------------------------------------------------------------------
 
 
@@ -448,6 +466,13 @@ def test_the_activations_are_those_that_autograd_saves(families):
 def test_the_held_out_part_is_the_studys():
     config = compose("laptop").data
     assert config == measure.SETS
+
+
+def test_the_tutorial_names_options_that_exist():
+    text = (project_root() / "docs" / "protect.md").read_text()
+    known = {option for c in (protect, check) for p in c.params for option in p.opts}
+    named = {*re.findall(r"--[a-z][a-z-]+", text)}
+    assert {"--defence", "--share", "--compare", "--dry-run", "--lora"} <= named <= known
 
 
 def test_no_hydra_and_no_notebooks_are_needed():

@@ -169,8 +169,8 @@ def render(report: Report) -> str:
 
 
 def _chart(report: Report) -> dict[str, Any]:
-    """Positions of points and intervals in a drawing of 0 to 100 %, 600 wide."""
-    left, right, row, gap = 10, 590, 26, 34
+    """Positions of points and intervals in a drawing of 0 to 100 %, 400 wide: a phone's width."""
+    left, right, row, gap = 10, 390, 24, 34
 
     def x(value: float) -> float:
         return round(left + (right - left) * value / 100, 1)
@@ -185,9 +185,10 @@ def _chart(report: Report) -> dict[str, Any]:
         for number, arm in enumerate(report.arms):
             y += row
             e = report.estimate(arm, metric)
-            place = {"arm": arm, "y": y, "x": x(e.value), "low": x(e.low), "high": x(e.high)}
+            place = {"y": y, "x": x(e.value), "low": x(e.low), "high": x(e.high)}
             text = f"{arm}: {interval(e, '%')}"
-            group["points"].append({**place, "series": number % 3, "text": text})
+            beside = e.high < 50  # there is room for the text on the right
+            group["points"].append({**place, "series": number, "text": text, "right": beside})
         y += 6
         groups.append(group)
     ticks = [(x(value), f"{value} %") for value in (0, 25, 50, 75, 100)]
