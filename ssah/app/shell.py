@@ -10,6 +10,12 @@ import click
 
 from ..core.errors import SsahError
 
+#: What memory is spent on, in a study and where a model of one's own is protected.
+BATCHES = (
+    "evaluate.batch_size and attribution.batch_size (with `ssah protect`: --batch-size and "
+    "--max-tokens)"
+)
+
 
 def call(command: click.Command, arguments: Sequence[str] | None) -> int:
     """Run ``ssah`` with these words, or those of the process; returns the exit status."""
@@ -25,7 +31,7 @@ def call(command: click.Command, arguments: Sequence[str] | None) -> int:
     except click.Abort:
         sentence, status = "interrupted; finished stages are kept, run the same again.", 130
     except MemoryError:
-        sentence = "out of memory: lower evaluate.batch_size and attribution.batch_size."
+        sentence = f"out of memory: lower {BATCHES}."
     except Exception as error:
         sentence = _known(error)
         if not sentence:
@@ -47,7 +53,7 @@ def _known(error: Exception) -> str:
         )
     if isinstance(error, RuntimeError) and "out of memory" in text:
         return (
-            "the device is out of memory: lower evaluate.batch_size and attribution.batch_size, "
-            "or use runtime.device=cpu."
+            f"the device is out of memory: lower {BATCHES}, or use runtime.device=cpu "
+            "(CUDA_VISIBLE_DEVICES= where nothing else says it)."
         )
     return ""

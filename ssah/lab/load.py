@@ -261,7 +261,10 @@ def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTok
     if config.chat_template == "chatml":
         tokenizer.chat_template = CHATML
     elif tokenizer.chat_template is None:
-        raise SsahError(f"{checkpoint.path} has no chat template: set model.chat_template=chatml.")
+        raise SsahError(
+            f"{checkpoint.path} has no chat template, as chat models have: put one into its "
+            "tokenizer, or in a study set model.chat_template=chatml."
+        )
     if "strftime_now" in tokenizer.chat_template:
         tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
     return tokenizer
