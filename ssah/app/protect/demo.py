@@ -29,7 +29,7 @@ MODEL = "qwen2_5_coder"
 
 #: Prompts of each set that are asked, texts, and prompts of each kind that units are found on: few,
 #: so that it takes five minutes.
-ASKED, TEXTS, FOUND_ON = 20, 60, 40
+ASKED, TEXTS, FOUND_ON = 20, 40, 40
 
 #: Tokens of the answers that units are found on.
 HEARD = 24
@@ -52,11 +52,11 @@ def demo(out: Path, *, show: int = 0) -> Report:
     arms = [Arm(INTACT, subject, subject.checkpoint)]
     (intact,) = arms
     sources = {
-        "refusals": spread(prompts.taught, FOUND_ON),
-        "answers": spread(own_rows("benign_instructions"), FOUND_ON),
+        "harmful": spread(prompts.taught, FOUND_ON),
+        "harmless": spread(own_rows("benign_instructions"), FOUND_ON),
     }
     heard = {
-        kind: Step(f"its own {kind}, to find units on", "prompt", len(rows))
+        kind: Step(f"answers to {kind} requests, to find units on", "prompt", len(rows))
         for kind, rows in sources.items()
     }
     schedule = Schedule(
@@ -106,7 +106,7 @@ def _units(arm: Arm, pairs: dict[str, list[Pair]]) -> Handle:
     }
 
     def build(folder: Path) -> None:
-        roles = roles_of(arm.model, pairs["refusals"], pairs["answers"])
+        roles = roles_of(arm.model, pairs["harmful"], pairs["harmless"])
         roles.select("ESU").save(folder / "esu.safetensors")
 
     return Handle(arm.subject.store, "esu", arm.subject.config.name, key, build)
