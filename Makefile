@@ -17,7 +17,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 ARTEFACTS := $(shell sed -n 's/^ *Artefact."\([a-z0-9_]*\)".*/\1/p' ssah/artefacts/__init__.py)
 NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 
-.PHONY: help env setup plan smoke reproduce publish test test-notebooks lint bench site lock \
+.PHONY: help env setup plan smoke demo reproduce publish test test-notebooks lint bench site lock \
 	clean-cache \
 	$(ARTEFACTS) $(NOTEBOOKS)
 
@@ -26,6 +26,7 @@ help:
 	@echo "make plan             what there is to compute"
 	@echo "make reproduce        every figure and table, then the claims table"
 	@echo "make smoke            the same on a random model, in about two minutes"
+	@echo "make demo             the claim on a small aligned model, in five minutes"
 	@echo "make publish          conf/experiment/published.yaml, into results/published"
 	@echo "make test             lint, types, unit, integration and notebook tests"
 	@echo "make lint             style and types alone"
@@ -48,7 +49,7 @@ setup:
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps -e .
 
-plan reproduce bench clean-cache: env
+plan reproduce bench demo clean-cache: env
 	$(SSAH) $@ $(ARGS)
 
 publish: env

@@ -20,9 +20,11 @@ _PUBLIC = {
     "UnitLayout": "units.layout",
     "UnitMask": "units.mask",
     "ablate": "training.ablation",
+    "check": "app.protect.protect",
     "find_conflicts": "scoring.find",
     "find_units": "scoring.find",
     "freeze_units": "training.slicing",
+    "protect": "app.protect.protect",
     "train_only": "training.slicing",
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from ..core.errors import SsahError, suggestion
 from ..core.paths import home
 from ..core.progress import show_progress
 from ..lab.config import GROUPS, check_keys, split_profile, with_absolute_paths
+from .protect.cli import check, demo, protect
+from .shell import call
 
 
 class _Override(click.ParamType):
@@ -242,43 +242,10 @@ def clean_cache(yes: bool) -> None:
         click.echo(f"Deleted {runs}.")
 
 
-def _known(error: Exception) -> str:
-    """A sentence for what libraries raise where memory or disk space ends; "" for anything else."""
-    text = str(error)
-    full = ("No space left on device", "PytorchStreamWriter failed writing", "Disk quota exceeded")
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        t in text for t in full
-    ):
-        return (
-            "no disk space is left: free some or point SSAH_HOME at another disk. What was "
-            "finished is kept."
-        )
-    if isinstance(error, RuntimeError) and "out of memory" in text:
-        return (
-            "the device is out of memory: lower evaluate.batch_size and attribution.batch_size, "
-            "or use runtime.device=cpu."
-        )
-    return ""
+for command in (protect, check, demo):
+    ssah.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status. Known errors become one sentence on stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    sentence, status = "", 1
-    try:
-        # Called with no word at all, click takes it for a mistake.
-        return ssah.main(words or ["--help"], prog_name="ssah", standalone_mode=False) or 0
-    except SsahError as error:
-        sentence = str(error)
-    except click.ClickException as error:
-        sentence = f"{error.format_message()} See ssah --help."
-    except click.Abort:
-        sentence, status = "interrupted; finished stages are kept, run the same again.", 130
-    except MemoryError:
-        sentence = "out of memory: lower evaluate.batch_size and attribution.batch_size."
-    except Exception as error:
-        sentence = _known(error)
-        if not sentence:
-            raise
-    click.echo(f"ssah: {sentence}", err=True)
-    return status
+    """Entry point; returns the exit status."""
+    return call(ssah, arguments)

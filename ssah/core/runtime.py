@@ -93,7 +93,10 @@ def is_known(name: str) -> bool:
 @functools.cache
 def provenance() -> dict[str, Any]:
     """What made a result: recorded with every run, never part of its key."""
-    versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
+    there = {found.name for found in importlib.metadata.distributions()}
+    versions = {
+        name: importlib.metadata.version(name) for name in REPORTED_PACKAGES if name in there
+    }
     return {
         "command": " ".join(sys.argv),
         "commit": commit(),

@@ -140,7 +140,11 @@ def _with_result(row: Row) -> Row:
 
 def _rows(name: str, source: FileSource) -> list[Row]:
     """The rows of a set that have what it needs; the others are left out, which is said."""
-    records = _local_records(name, source.local) if source.local else _hub_records(name, source)
+    records = (
+        local_records(f"data.files.{name}", source.local)
+        if source.local
+        else _hub_records(name, source)
+    )
     wanted = [c for c in (source.prompt, source.response, source.context, source.category) if c]
     columns = list(records[0]) if records else []
     missing = sorted(set(wanted) - set(columns))
@@ -189,25 +193,25 @@ def _text(value: Any, where: str) -> str:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _local_records(name: str, path: Path) -> list[dict[str, Any]]:
-    """The records of a file; every cell of a CSV file is text, also ``NA`` and ``007``."""
+def local_records(what: str, path: Path) -> list[dict[str, Any]]:
+    """The records of a file; every cell of a CSV file is text, also ``NA`` and ``007``.
+
+    Raises :class:`SsahError`, which begins with ``what``, for a file that cannot be read.
+    """
     kind = path.suffix.lower()
     if kind not in READERS:
         raise SsahError(
-            f"data.files.{name}: {path} cannot be read: its name must end in one of "
-            f"{', '.join(READERS)}."
+            f"{what}: {path} cannot be read: its name must end in one of {', '.join(READERS)}."
         )
     try:
         found = READERS[kind](path)
     except UnicodeDecodeError as error:
-        raise SsahError(
-            f"data.files.{name}: {path} is not UTF-8 text: save it as UTF-8."
-        ) from error
+        raise SsahError(f"{what}: {path} is not UTF-8 text: save it as UTF-8.") from error
     except (ValueError, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise SsahError(f"data.files.{name}: {path} is no {kind} file ({reason}).") from error
+        raise SsahError(f"{what}: {path} is no {kind} file ({reason}).") from error
     if not all(isinstance(record, dict) for record in found):
-        raise SsahError(f"data.files.{name}: {path} must hold a list of objects.")
+        raise SsahError(f"{what}: {path} must hold a list of objects.")
     return found
 
 
@@ -226,8 +230,15 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
         whole = json.loads(text)
     except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [_record(line, n) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     return whole if isinstance(whole, list) else [whole]
+
+
+def _record(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

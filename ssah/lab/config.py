@@ -20,28 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from ..core.errors import InvalidValueError, SsahError, suggestion
 from ..core.paths import conf_dir
 from ..core.valid import all_within, check, one_of, require_word, some_of, within, within_each
-from ..data.settings import DataConfig
+from ..data.settings import DataConfig, ModelConfig
 from ..scoring.settings import VarianceOver
 from ..text.settings import Tokens
 from ..training.settings import AlignConfig, TrainingConfig
-from ..units.families import FAMILIES, BlockKind, UnitKind
-
-
-@dataclass
-class ModelConfig:
-    """The model under study. ``source``: ``embedded``, ``tiny``, a folder, or a hub id."""
-
-    name: str = MISSING
-    source: str = MISSING
-    revision: str | None = None
-    dtype: str = one_of("float32", "float32", "bfloat16", "float16")
-    attn_implementation: str = one_of("sdpa", "sdpa", "eager", "flash_attention_2")
-    chat_template: str | None = one_of(None, "chatml")  #: null: the tokenizer's own
-    accept_terms: bool = False  #: of a model that comes under terms of its makers' own
-    #: ``aligning``: only how it is aligned is measured (notebook 06), and it is never attacked.
-    use: str = one_of("everything", "everything", "aligning")
-    #: Its ``model_type``; what is not of the paper's main family is shown beside Mistral as well.
-    family: str = one_of("llama", *FAMILIES)
+from ..units.families import BlockKind, UnitKind
 
 
 @dataclass

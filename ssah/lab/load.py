@@ -21,12 +21,12 @@ from ..core.progress import quiet
 from ..core.store import Handle, Store, digest, file_digest
 from ..core.valid import require_word
 from ..data.assets import ASSETS, MODELS, fetch
+from ..data.settings import ModelConfig
 from ..data.toy import build_tiny_model
 from ..text.chat import FIXED_DATE, chatml
 from ..training.adapter import with_adapter
 from ..units.families import family_of
 from ..units.layout import UnitLayout
-from .config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -274,7 +274,10 @@ def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTok
     if config.chat_template == "chatml":
         tokenizer.chat_template = chatml(tokenizer)
     elif tokenizer.chat_template is None:
-        raise SsahError(f"{checkpoint.path} has no chat template: set model.chat_template=chatml.")
+        raise SsahError(
+            f"{checkpoint.path} has no chat template, as chat models have: put one into its "
+            "tokenizer, or in a study set model.chat_template=chatml."
+        )
     if "strftime_now" in tokenizer.chat_template:
         tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
     return tokenizer

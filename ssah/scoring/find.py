@@ -40,11 +40,24 @@ def find_units(
     ones with helpful answers. About a hundred of each suffice. The tokenizer's chat template is
     applied. Two passes of forward computation, no gradients; the model is left as it was.
     """
+    encoded = [[encode_dialogue(tokenizer, *pair) for pair in pairs] for pairs in (safety, utility)]
+    return roles_of(model, *encoded, shares=shares, unit_kind=unit_kind, batch_size=batch_size)
+
+
+def roles_of(
+    model: PreTrainedModel,
+    safety: Sequence[tuple[list[int], list[int]]],
+    utility: Sequence[tuple[list[int], list[int]]],
+    *,
+    shares: Shares = PAPER_SHARES,
+    unit_kind: UnitKind = "head",
+    batch_size: int = 8,
+) -> Roles:
+    """:func:`find_units` from (prompt ids, response ids), whatever template they went through."""
     layout = UnitLayout.of(model, unit_kind)
 
-    def scores(pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-        encoded = [encode_dialogue(tokenizer, *pair) for pair in pairs]
-        batches = dialogue_batches(encoded, batch_size)
+    def scores(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        batches = dialogue_batches(pairs, batch_size)
         return unit_scores(model, layout, collect_statistics(model, layout, batches))
 
     return classify(layout, scores(safety), scores(utility), shares)

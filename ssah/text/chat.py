@@ -165,6 +165,8 @@ def encode_dialogue(
     prompt: str,
     response: str,
     *,
+    system: str = "",
+    before: Sequence[tuple[str, str]] = (),
     end: bool = True,
     max_response_tokens: int | None = None,
 ) -> tuple[list[int], list[int]]:
@@ -172,7 +174,7 @@ def encode_dialogue(
 
     A response cut at ``max_response_tokens`` gets no end.
     """
-    head = encode(tokenizer, render_prompt(tokenizer, prompt))
+    head = encode(tokenizer, render_prompt(tokenizer, prompt, system, before))
     body = encode(tokenizer, response)
     if max_response_tokens is not None and len(body) > max_response_tokens:
         return head, body[:max_response_tokens]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..units.layout import UnitLayout
@@ -75,6 +77,19 @@ def adapters(model: PreTrainedModel, rank: int, inside: UnitMask | None = None) 
             parameter.requires_grad_(required[name])
         if hasattr(model, "peft_config"):
             del model.peft_config
+
+
+def save_adapters(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Inside :func:`adapters`: write them as ``PeftModel.from_pretrained`` reads them, for the
+    model ``base``."""
+    from peft import get_peft_model_state_dict
+
+    config = cast(Any, model).peft_config["default"]
+    config.task_type, config.base_model_name_or_path = "CAUSAL_LM", base
+    weights = get_peft_model_state_dict(cast(Any, model))
+    config.save_pretrained(str(folder))
+    named = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
 
 
 def _merge(layer: Any, changed: tuple[int, Tensor] | None) -> None:

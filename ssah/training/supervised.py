@@ -78,6 +78,9 @@ class _EachEpoch(TrainerCallback):
         if self.act is not None:
             with self.defence.coming_out(model):
                 self.act(round(state.epoch))
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args, state, control, **rest):
         if state.global_step >= state.max_steps:
             control.should_save = False
 
@@ -113,15 +116,16 @@ def supervised_finetune(
     constant_rate: bool = False,
     on_epoch: Callable[[int], None] | None = None,
     defence: Defence | None = None,
+    save_steps: int | None = None,
 ) -> TrainingRecord:
     """Fine-tune in place on (prompt ids, response ids), resuming from a checkpoint in ``folder``.
 
     On ``anchors`` the model is held to the distribution of ``reference`` instead. The rate falls
     linearly unless it is constant. A checkpoint is written after each epoch but the last, after a
-    call of ``on_epoch(epochs done)``, and removed at the end. Embeddings (and a tied language-model
-    head) train only with ``config.train_embeddings``. Units stay frozen inside
-    :func:`ssah.training.slicing.freeze_units`. Of a ``defence`` only what it does from the first
-    step on happens here (:func:`ssah.training.defended.defended_finetune` does all).
+    call of ``on_epoch(epochs done)``, or every ``save_steps``, and removed at the end. Embeddings
+    (and a tied language-model head) train only with ``config.train_embeddings``. Units stay frozen
+    inside :func:`ssah.training.slicing.freeze_units`. Of a ``defence`` only what it does from the
+    first step on happens here (:func:`ssah.training.defended.defended_finetune` does all).
     """
     seed_everything(seed)
     defence = defence or Defence()
@@ -144,7 +148,8 @@ def supervised_finetune(
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=config.max_grad_norm,
-        save_strategy="epoch",
+        save_strategy="epoch" if save_steps is None else "steps",
+        save_steps=save_steps or 0,
         save_total_limit=1,
         logging_steps=1,
         report_to="none",

@@ -115,27 +115,29 @@ def test_every_dependency_is_pinned_within_its_range(requirement):
 
 def test_the_extras_are_those_that_are_promised():
     extras = set(PYPROJECT["project"]["optional-dependencies"])
-    assert extras == {"study", "cluster", "lm-eval", "docs", "dev"}
+    assert extras == {"protect", "study", "cluster", "lm-eval", "docs", "dev"}
 
 
 _METHOD = """
-import sys, ssah
-for name in set(ssah.__all__) - {"Study"}:
-    getattr(ssah, name)
-print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("ssah.")))
+for name, module in ssah._PUBLIC.items():
+    if not module.startswith("app."):
+        getattr(ssah, name)
+"""
+
+_PROTECT = """
+import ssah.app.protect.cli, ssah.app.protect.demo, ssah.training.supervised
+ssah.protect, ssah.check
 """
 
 
-def test_the_method_imports_no_extra():
-    """What ``pip install ssah`` brings is enough for it; anything else is imported where it is
-    used."""
+def imported_by(code: str) -> tuple[list[str], set[str]]:
+    """Files of this package that some code imports, and what else they import at their top."""
+    show = "print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('ssah.')))"
+    whole = f"import sys, ssah\n{code}\n{show}"
     done = subprocess.run(
-        [sys.executable, "-c", _METHOD], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", whole], capture_output=True, text=True, cwd=ROOT, check=True
     )
     files = done.stdout.split()
-    assert any(file.endswith("slicing.py") for file in files)
-    assert any(file.endswith("attribution.py") for file in files)
-    assert not [file for file in files if "/lab/" in file or "/app/" in file]
     found = set()
     for file in files:
         for node in ast.parse(Path(file).read_text()).body:
@@ -143,15 +145,37 @@ def test_the_method_imports_no_extra():
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(str(node.module).split(".")[0])
+    return files, found - set(sys.stdlib_module_names)
+
+
+def test_the_method_imports_no_extra():
+    """What ``pip install ssah`` brings is enough for it; anything else is imported where it is
+    used."""
+    files, found = imported_by(_METHOD)
+    assert any(file.endswith("slicing.py") for file in files)
+    assert any(file.endswith("attribution.py") for file in files)
+    assert not [file for file in files if "/lab/" in file or "/app/" in file]
     needed = {Requirement(text).name for text in PYPROJECT["project"]["dependencies"]}
-    assert found - set(sys.stdlib_module_names) <= needed
+    assert found <= needed
+
+
+def test_what_protects_a_model_imports_no_other_extra():
+    """Of the lab only what loads models, and none of the packages that only the study needs."""
+    files, found = imported_by(_PROTECT)
+    assert any(file.endswith("demo.py") for file in files)
+    lab = {Path(file).name for file in files if "/lab/" in file}
+    assert lab == {"__init__.py", "load.py"}
+    project = PYPROJECT["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["protect"]]
+    names = {Requirement(text).name for text in texts}
+    assert found <= (names - {"pyyaml"}) | {"yaml"}
 
 
 def test_without_the_extras_the_command_says_what_to_install():
     code = "import sys; sys.modules['click'] = None; import ssah.__main__ as m; sys.exit(m.main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
-    assert "needs click: pip install 'ssah[study]'" in done.stderr
+    assert "needs click: pip install 'ssah[protect]'" in done.stderr
 
 
 def test_the_conda_environment_uses_the_lock():

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from omegaconf import MISSING
 
 from ssah.app.study import Study
 from ssah.core.errors import InvalidValueError, SsahError
 from ssah.core.valid import all_within, check, one_of, within
+from ssah.data.settings import REQUIRED
 from ssah.lab.config import compose, known_keys
 from ssah.text.batches import dialogue_batches
 from ssah.training.ablation import ablate
@@ -153,3 +155,7 @@ def test_a_group_that_is_none_is_refused(tiny_model, group, says):
     with pytest.raises(ValueError, match=r".") as refused:
         roles.select(group)
     assert says in str(refused.value)
+
+
+def test_what_has_to_be_given_is_marked_as_hydra_marks_it():
+    assert REQUIRED == MISSING

@@ -1,0 +1,129 @@
+"""The practitioner's commands. Without the study's packages they are all that ``ssah`` has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...core.progress import show_progress
+from ..shell import call
+from .settings import DEFENCES, Settings
+
+#: Setting -> what its option says.
+SAID = {
+    "defence": f"{', '.join(DEFENCES)}.",
+    "share": "Refusals that are mixed in, as a fraction of the rows.",
+    "epochs": "How often the rows are learned.",
+    "learning_rate": "At the beginning; it falls to nothing  [default: 2e-5, with --lora 2e-4]",
+    "batch_size": "Rows a step.",
+    "max_tokens": "Of a row; the rest of its response is cut.",
+    "seed": "Of what is drawn.",
+    "lora": "Train LoRA adapters of this rank, which peft loads, in the model's place.",
+}
+
+COUNT = click.IntRange(min=0)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+def _settings(function: Callable[..., None]) -> Callable[..., None]:
+    """An option for each setting of a training."""
+    for name in reversed(SAID):
+        option = f"--{name.replace('_', '-')}"
+        default = getattr(Settings, name)
+        kind = {"learning_rate": float, "lora": int}.get(name)  # have no default to tell it by
+        function = click.option(
+            option, type=kind, default=default, show_default=True, help=SAID[name]
+        )(function)
+    return function
+
+
+def _measured(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of what is measured and where the report goes."""
+    for option in (
+        click.option(
+            "--show", type=COUNT, default=0, help="Completions a set to put into the report (0)."
+        ),
+        click.option(
+            "--prompts",
+            type=click.IntRange(min=8),
+            default=100,
+            help="Prompts a set, at most (100): fewer are quicker and say less.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("model")
+@click.argument("rows", type=click.Path(path_type=Path))
+@click.option("--out", type=FOLDER, help="Where checkpoint and report go (MODEL-protected).")
+@click.option("--compare", is_flag=True, help="Fine-tune plainly as well, and set it beside.")
+@click.option("--dry-run", is_flag=True, help="Everything but training, on a few prompts.")
+@_settings
+@_measured
+def protect(model: str, rows: Path, out: Path | None, dry_run: bool, **options: Any) -> None:
+    """Fine-tune MODEL on ROWS without losing its refusals, and report whether that worked.
+
+    MODEL is a folder, a hub id, or smollm2 or qwen2_5_coder. ROWS is a JSONL, CSV or Parquet file
+    of prompts and responses, Alpaca's columns, chat messages or ShareGPT's conversations.
+    """
+    from .protect import protect as run
+    from .report import print_report
+
+    folder = out or _beside(model, "protected")
+    report = run(model, None, rows, out=folder, dry_run=dry_run, **options)
+    print_report(report)
+    if report.checkpoint is not None:
+        click.echo(f"{folder}: the model; {folder / 'report.html'}: the report.")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--out", type=FOLDER, help="Where the card goes (MODEL-checked).")
+@_measured
+def check(model: str, out: Path | None, prompts: int, show: int) -> None:
+    """What MODEL does with harmful requests, and with harmless ones that look dangerous."""
+    from .protect import check as run
+    from .report import print_report
+
+    folder = out or _beside(model, "checked")
+    print_report(run(model, out=folder, prompts=prompts, show=show))
+    click.echo(folder / "report.html")
+
+
+@click.command()
+@click.option("--out", type=FOLDER, default=Path("ssah-demo"), help="Where the page goes.")
+@click.option("--show", type=COUNT, default=0, help="Completions a set to put into it (0).")
+def demo(out: Path, show: int) -> None:
+    """The paper's claim in five minutes: few units carry the refusals of a small chat model."""
+    from .demo import demo as run
+    from .report import print_report
+
+    print_report(run(out, show=show))
+    click.echo(out / "report.html")
+
+
+def _beside(model: str, what: str) -> Path:
+    return Path(f"{Path(model).name}-{what}")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def alone() -> None:
+    """Fine-tune chat models without losing their refusals.
+
+    Tables and figures of the paper need more packages: pip install 'ssah[study]'.
+    """
+    show_progress()
+
+
+for command in (protect, check, demo):
+    alone.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return call(alone, arguments)
