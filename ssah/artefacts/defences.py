@@ -38,6 +38,9 @@ _ABSENT = (
     "(experiment.{} names them)."
 )
 
+#: What a defence with frozen units beside it is compared with.
+ALONE = "without frozen units"
+
 Columns = dict[str, Any]
 
 
@@ -50,12 +53,21 @@ def ask_table_defences(lab: Lab) -> list[Measure]:
         return []
     whole, asked = catalogue.whole(lab), _ask(lab, catalogue.whole(lab))
     for attack in lab.config.experiment.defended_in:
-        arms = [*defended.plain(lab, attack), *defended.arms(lab, attack)]
-        for arm in arms:
+        plain, frozen = defended.plain(lab, attack)
+        own = defended.arms(lab, attack)
+        for arm in (plain, frozen, *own):
             asked += _ask(lab, arm)
             asked.append(Measure(arm, "held-out gain", attack, whole, BEFORE))
-            if arm != arms[0]:
-                asked.append(Measure(arm, "ASR", "", arms[0], ONE_EPOCH))
+        for arm in (frozen, *own):
+            asked.append(Measure(arm, "ASR", "", plain, ONE_EPOCH))
+            asked.append(Measure(arm, "held-out gain", attack, plain, ONE_EPOCH))
+        for arm in own:
+            asked.append(Measure(arm, "ASR", "", frozen, CU6))
+            if has_prompts(lab, "borderline"):
+                asked.append(Measure(arm, "refused", "borderline", whole, BEFORE))
+            alone = defended.without_freezing(arm, own)
+            if alone is not None:
+                asked.append(Measure(arm, "ASR", "", alone, ALONE))
     return asked
 
 

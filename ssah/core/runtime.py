@@ -90,6 +90,11 @@ def is_known(name: str) -> bool:
         return False
 
 
+def _card() -> str:
+    """The GPU, where there is one: its rounding is not a processor's."""
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+
+
 @functools.cache
 def provenance() -> dict[str, Any]:
     """What made a result: recorded with every run, never part of its key."""
@@ -101,6 +106,6 @@ def provenance() -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "commit": commit(),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads{_card()}",
         "versions": versions,
     }

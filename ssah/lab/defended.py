@@ -98,6 +98,13 @@ def defended(lab: Lab, attack: str, name: str, strength: float, epochs: int = 1)
     return [dataclasses.replace(arm, method="defended") for arm in found]
 
 
+def without_freezing(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """Of some arms the one that does the same but freezes nothing, where there is one."""
+    defence, units = COMBINED.get(arm.rule, (arm.rule, None))
+    same = (a for a in arms if a.rule == defence and a.setting == arm.setting)
+    return next(same, None) if units is not None else None
+
+
 def _kind(name: str) -> tuple[type[Defence], str | None]:
     """A defence, and which units are frozen beside it."""
     defence, units = COMBINED.get(name, (name, None))

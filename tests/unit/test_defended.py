@@ -254,3 +254,18 @@ def test_the_figures_show_what_was_measured(found):
         estimate(found, "ASR", setting="for 6 epochs", epoch=e, **plain).value for e in range(1, 7)
     ]
     assert list(left.containers[0].lines[0].get_ydata()) == pytest.approx(asr)
+
+
+def test_a_combination_is_held_against_its_defence_alone(lab):
+    own = defended.arms(lab, "instructions")
+    found = {
+        (arm.rule, arm.setting): defended.without_freezing(arm, own)
+        for arm in own
+    }  # fmt: skip
+    combined = {key: alone for key, alone in found.items() if key[0] == "mixing_and_frozen"}
+    assert combined
+    for (_, setting), alone in combined.items():
+        there = ("mixing", setting) in found
+        assert (alone is not None) == there
+        assert alone is None or (alone.rule, alone.setting) == ("mixing", setting)
+    assert all(alone is None for key, alone in found.items() if key not in combined)
