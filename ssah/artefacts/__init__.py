@@ -87,7 +87,7 @@ class Artefact:
 REASONING, ROLES = "01_reasoning_direction", "02_unit_roles"
 TRANSFER, FREEZING = "03_attribute_transfer", "04_freezing"
 RIVALS, BUDGET = "05_rivals", "06_alignment_budget"
-JAILBREAKS, VERDICTS = "07_jailbreaks", "09_verdicts"
+JAILBREAKS, BEYOND, VERDICTS = "07_jailbreaks", "08_beyond_the_paper", "09_verdicts"
 
 #: All artefacts, in the order of the notebooks.
 ARTEFACTS = {
@@ -133,6 +133,7 @@ ARTEFACTS = {
         Artefact("table16", "Jailbreaks after instructions", JAILBREAKS, "jailbreaks"),
         Artefact("table17", "Jailbreaks after dialogues", JAILBREAKS, "jailbreaks"),
         Artefact("fig_depth", "How deep refusals are", JAILBREAKS, "jailbreaks"),
+        Artefact("fig_overview", "Removed, frozen, mixed", BEYOND, "overview"),
         Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "verdicts"),
         Artefact("table_judges", "Agreement of the judges with labels", VERDICTS, "verdicts"),
     )
