@@ -24,13 +24,18 @@ class _Override(click.ParamType):
     name = "key=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if "=" not in value:
+        if not _is_override(value):
             raise SsahError(
                 f"'{value}' is not of the form key=value, and {ctx.info_name if ctx else 'this'} "
                 "takes no other words."
             )
         check_keys([value])
         return with_absolute_paths(value)
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word sets a key, or takes one away (``~experiment.defences.Lisa``)."""
+    return "=" in word or word.startswith("~")
 
 
 def _overrides(function: Callable[..., None]) -> Callable[..., None]:
@@ -45,10 +50,10 @@ def _artefact(name: str) -> click.Command:
     def compute(words: Sequence[str], multirun: bool) -> None:
         from . import commands
 
-        names = [name, *(word for word in words if "=" not in word)]
+        names = [name, *(word for word in words if not _is_override(word))]
         for other in names:
             _require_known(other, list(ARTEFACTS))
-        overrides = [word for word in words if "=" in word]
+        overrides = [word for word in words if _is_override(word)]
         check_keys(overrides)
         commands.artefacts(names, *split_profile(overrides), sweep=multirun)
 
@@ -206,7 +211,7 @@ def read(arm: str | None, overrides: Sequence[str], count: int) -> None:
     """
     from . import commands
 
-    if arm is not None and "=" in arm:  # no arm, an override
+    if arm is not None and _is_override(arm):  # no arm, an override
         check_keys([arm])
         overrides, arm = [arm, *overrides], None
     commands.read(arm, count, *split_profile(list(overrides)))

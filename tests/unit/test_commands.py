@@ -146,6 +146,13 @@ def test_bad_words_are_one_sentence(smoke_study, monkeypatch, capsys, arguments,
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", [["table1"], ["plan"]])
+def test_a_word_that_takes_a_key_away_is_an_override(capsys, command):
+    assert cli.main([*command, "profile=smoke", "~experiment.defences.Lissa"]) == 1
+    error = capsys.readouterr().err
+    assert "Unknown override 'experiment.defences.Lissa': did you mean" in error
+
+
 # --- merging and publishing ------------------------------------------------------------------
 
 
