@@ -126,7 +126,7 @@ def test_arms_are_the_experiments(lab):
     wanted = lab.config.experiment.defences
     assert names == [(n, defended.setting(n, s)) for n, found in wanted.items() for s in found]
     assert ("mixing", "5 %") in names
-    assert ("Lisa", "10") in names
+    assert ("Lisa", "1") in names
     tested = defended.arms(lab, "arithmetic")
     assert [(arm.rule, arm.setting) for arm in tested] == names
     assert {(arm.method, arm.epoch) for arm in tested} == {("defended", 1)}

@@ -157,11 +157,13 @@ def test_tables_read_from_nothing_frozen_to_the_rivals(tables, name, attack):
     table = tables[name]
     assert set(table["fine-tuned on"]) == {"nothing", attack}
     shown = list(dict.fromkeys(table["frozen"]))
-    if name in ("table7", "table8"):
+    if name == "table7":
         assert shown == [
             "", "nothing", CU6, "SN-Tune, 0.4 %", "random, 0.4 %", "SN-Tune, 6.3 %",
-            "random, 6.3 %", "RSN-Tune, 0.4 %", "RSN-Tune, 6.3 %",
+            "random, 6.3 %", "RSN-Tune, 6.3 %",
         ]  # fmt: skip
+    elif name == "table8":
+        assert shown == ["", "nothing", CU6, "SN-Tune, 6.3 %", "random, 6.3 %"]
     else:
         wide = f"ESU + CU, as {SAFETY_LAYERS}"
         assert shown == ["", "nothing", wide, SAFETY_LAYERS, f"random, as {SAFETY_LAYERS}"]
