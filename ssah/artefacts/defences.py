@@ -307,8 +307,8 @@ def fig_defences_steps(table: pd.DataFrame, config: Config) -> Output:
     if not arms:
         return Output(_ABSENT.format("defended_longer"), figure=new_figure(4, 1))
     output = Output(
-        f"Fine-tuned on instructions for {LONG} epochs, at the recommended strengths. Left: ASR after each epoch, "
-        "with 95 % intervals; epoch 0 is the aligned model. Right: what was learned by then. A "
+        f"Fine-tuned on instructions for {LONG} epochs, at the recommended strengths. Left: ASR "
+        "after each epoch, with 95 % intervals; epoch 0 is the aligned model. Right: what was learned by then. A "
         "defence that only delays reaches the undefended line later; one that prevents stays "
         "below it at the same gain."
     )
