@@ -308,9 +308,9 @@ def fig_defences_steps(table: pd.DataFrame, config: Config) -> Output:
         return Output(_ABSENT.format("defended_longer"), figure=new_figure(4, 1))
     output = Output(
         f"Fine-tuned on instructions for {LONG} epochs, at the recommended strengths. Left: ASR "
-        "after each epoch, with 95 % intervals; epoch 0 is the aligned model. Right: what was learned by then. A "
-        "defence that only delays reaches the undefended line later; one that prevents stays "
-        "below it at the same gain."
+        "after each epoch, with 95 % intervals; epoch 0 is the aligned model. Right: what was "
+        "learned by then. A defence that only delays reaches the undefended line later; one that "
+        "prevents stays below it at the same gain."
     )
     with styled():
         output.figure = new_figure(9.5, 3.8)
