@@ -44,8 +44,8 @@ WRITTEN = {
     for path in sorted((ROOT / "docs").rglob("*.md"))
 }
 
-#: Text, file and anchor.
-_LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s#]*)(#[^()\s]*)?\)")
+#: Whether it is an image, text, file and anchor.
+_LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^()\s#]*)(#[^()\s]*)?\)")
 
 
 def main() -> None:
@@ -161,7 +161,7 @@ def _question(name: str) -> str:
             ]
     parts.append(f"The executed notebook: [{name}.ipynb](published/notebooks/{name}.ipynb).")
     return _LINK.sub(  # links are written as from the top of the site
-        lambda m: f"[{m[1]}](../{m[2]}{m[3] or ''})" if ":" not in m[2] else m[0],
+        lambda m: f"{m[1]}[{m[2]}](../{m[3]}{m[4] or ''})" if ":" not in m[3] else m[0],
         "\n\n".join(parts),
     )
 
@@ -257,11 +257,14 @@ def _relinked(text: str, source: str, page: str) -> str:
     """A file of the repository, with links as they are on the site."""
 
     def turned(match: re.Match[str]) -> str:
-        shown, target, anchor = match[1], match[2], match[3] or ""
+        image, shown, target, anchor = match[1], match[2], match[3], match[4] or ""
         if not target or ":" in target:
             return match[0]
-        found = _target(normpath(str(PurePosixPath(source).parent / target)), anchor)
-        return f"[{shown}]({relpath(found, PurePosixPath(page).parent)})" if found else shown
+        path = normpath(str(PurePosixPath(source).parent / target))
+        # A figure is a link to where it is shown, but as an image it is the file itself.
+        found = path.removeprefix("results/") if image else _target(path, anchor)
+        place = relpath(found, PurePosixPath(page).parent) if found else ""
+        return f"{image}[{shown}]({place})" if found else shown
 
     return _LINK.sub(turned, text)
 

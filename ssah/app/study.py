@@ -142,5 +142,6 @@ def slug(overrides: Sequence[str]) -> str:
     """A folder name for some overrides; one that is long, or that no folder can have, is cut and
     hashed, so that no two share it."""
     text = ",".join(sorted(overrides))
-    name = text.replace("/", "-").replace(" ", "")
+    # papermill reads braces in a path as a place for a parameter.
+    name = text.translate({ord("/"): "-", ord(" "): None, ord("{"): "(", ord("}"): ")"})
     return text if name == text and len(text) <= 80 else f"{name[:60]}-{digest(text)[:10]}"

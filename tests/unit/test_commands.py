@@ -44,14 +44,15 @@ def test_a_plan_names_every_job_and_loads_nothing(smoke_study, monkeypatch, caps
 
 def test_jobs_that_run_apart_compute_what_one_run_does(smoke_study):
     """In any order after the first; then nothing is left to do."""
+    names = ["table1", "table2", "table4", "table_defences", "fig_sufficiency"]
     study = smoke_study("seed=42")
-    first, *others = study.jobs()
+    first, *others = study.jobs(names)
     for job in (first, *reversed(others)):
         collect(job.lab, job.measures)
     later = smoke_study("seed=42")
-    assert [job.missing() for job in later.jobs()] == [0] * (1 + len(others))
+    assert [job.missing() for job in later.jobs(names)] == [0] * (1 + len(others))
     (lab,) = later.labs
-    (_, asked), *_ = later.asked(list(ARTEFACTS.values()))
+    (_, asked), *_ = later.asked([ARTEFACTS[name] for name in names])
     with lab.store.only_reading():
         assert len(measured(lab, asked)[0]) > 500
 

@@ -118,7 +118,7 @@ def test_bad_input_is_one_sentence(file, tmp_path, capsys, arguments, says):
     [
         ("prompt,said,verdict\n", "has no rows"),
         ("", "is no CSV"),
-        (f'prompt,said,verdict\nExplain it.,"{REFUSED}",\n', "row 1: no label"),
+        (f'prompt,said,verdict\nExplain it.,"{REFUSED}",\n', "no label in row 1"),
     ],
 )
 def test_files_that_cannot_be_used(file, content, says):

@@ -80,6 +80,7 @@ def test_two_folders_never_share_results():
     names = [slug([f"model.source={path}"]) for path in ("/m/a-b", "/m/a/b", "/m/a b", "/m/ab")]
     assert len(set(names)) == 4
     assert slug(["seed=1", "n_seeds=3"]) == "n_seeds=3,seed=1"
+    assert not set("{}") & set(slug(["+experiment.defences={mixing: [0.1]}"]))
     assert all("/" not in name for name in names)
 
 
