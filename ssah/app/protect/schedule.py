@@ -43,8 +43,14 @@ class Schedule:
         number = self.count - len(self.left) + 1
         if not run.has():
             left = self.seconds()
-            time = f"about {spoken(left)} left" if left else "time left unknown yet"
-            logger.info("%d of %d, %s (%s)", number, self.count, step.title, time)
+            if not self.left:  # a first look, which tells how long the steps will take
+                logger.info("First look: %s", step.title)
+            elif left:
+                logger.info(
+                    "%d of %d: %s (about %s left)", number, self.count, step.title, spoken(left)
+                )
+            else:
+                logger.info("%d of %d: %s", number, self.count, step.title)
         run.path("")
         self.learn(step, run)
         self.left = [later for later in self.left if later.title != step.title]
