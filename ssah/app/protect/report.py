@@ -170,7 +170,7 @@ def render(report: Report) -> str:
 
 def _chart(report: Report) -> dict[str, Any]:
     """Positions of points and intervals in a drawing of 0 to 100 %, 400 wide: a phone's width."""
-    left, right, row, gap = 10, 390, 24, 34
+    left, right, row, gap = 10, 390, 34, 26
 
     def x(value: float) -> float:
         return round(left + (right - left) * value / 100, 1)
@@ -180,15 +180,14 @@ def _chart(report: Report) -> dict[str, Any]:
         title, unit = METRICS[metric]
         if unit != "%":
             continue
-        y += gap - row // 2
+        y += gap
         group: dict[str, Any] = {"title": title, "y": y, "points": []}
         for number, arm in enumerate(report.arms):
             y += row
             e = report.estimate(arm, metric)
             place = {"y": y, "x": x(e.value), "low": x(e.low), "high": x(e.high)}
             text = f"{arm}: {interval(e, '%')}"
-            beside = e.high < 50  # there is room for the text on the right
-            group["points"].append({**place, "series": number, "text": text, "right": beside})
+            group["points"].append({**place, "series": number, "text": text})
         y += 6
         groups.append(group)
     ticks = [(x(value), f"{value} %") for value in (0, 25, 50, 75, 100)]
