@@ -27,21 +27,21 @@ def _tuned(rule: str, like: str = "") -> dict[str, Any]:
     }  # fmt: skip
 
 
-#: What is done to the aligned model -> the columns of its arm, and whether it is a control.
-_SHOWN: dict[str, tuple[dict[str, Any], bool]] = {
-    "as it was aligned": ({}, False),
-    "ESU removed": ({"method": "removed", "rule": ESU}, False),
-    "random units removed": ({"method": "removed", "rule": "random", "like": ESU}, True),
-    "fine-tuned on harmless rows": (_tuned(NOTHING), False),
-    f"the same, {CU6} frozen": (_tuned(CU6), False),
-    "the same, random units frozen": (_tuned("random", CU6), True),
-    f"the same, {ALL_CU} frozen": (_tuned(ALL_CU), False),
-    "the same, random units frozen ": (_tuned("random", ALL_CU), True),
-    "the same, a tenth of the rows refusals": (
+#: What is done to the aligned model, and the columns of its arm.
+_SHOWN: list[tuple[str, dict[str, Any]]] = [
+    ("as it was aligned", {}),
+    ("ESU removed", {"method": "removed", "rule": ESU}),
+    ("random units removed", {"method": "removed", "rule": "random", "like": ESU}),
+    ("fine-tuned on harmless rows", _tuned(NOTHING)),
+    (f"the same, {CU6} frozen", _tuned(CU6)),
+    ("the same, random units frozen", _tuned("random", CU6)),
+    (f"the same, {ALL_CU} frozen", _tuned(ALL_CU)),
+    ("the same, random units frozen", _tuned("random", ALL_CU)),
+    (
+        "the same, a tenth of the rows refusals",
         _tuned("mixing") | {"method": "defended", "setting": "10 %"},
-        False,
     ),
-}
+]
 
 
 def ask_fig_overview(lab: Lab) -> list[Measure]:
@@ -51,11 +51,8 @@ def ask_fig_overview(lab: Lab) -> list[Measure]:
 
 def fig_overview(table: pd.DataFrame, config: Config) -> Output:
     """ASR of the aligned model, and of what is made of it."""
-    found = {
-        name: (estimate(table, "ASR", **columns), control)
-        for name, (columns, control) in _SHOWN.items()
-    }
-    known = {name: (e, control) for name, (e, control) in found.items() if e is not None}
+    found = [(name, columns, estimate(table, "ASR", **columns)) for name, columns in _SHOWN]
+    known = [(name, columns.get("rule"), e) for name, columns, e in found if e is not None]
     output = Output(
         "ASR: share of the held-out harmful prompts that are answered. Black: controls with "
         "equally many heads and neurons, drawn at random, as the line above. Fine-tuned: one epoch "
@@ -64,13 +61,14 @@ def fig_overview(table: pd.DataFrame, config: Config) -> Output:
     with styled():
         output.figure = new_figure(7, 1.0 + 0.28 * len(known))
         axes = output.figure.subplots()
-        for row, (e, control) in enumerate(known.values()):
+        for row, (_, rule, e) in enumerate(known):
+            control = rule == "random"
             axes.errorbar(
                 e.value, row, xerr=np.array([[e.value - e.low], [e.high - e.value]]),
                 fmt="x" if control else "o", ms=6, capsize=2, lw=1.2,
                 color=COLOURS["random" if control else "ESU"],
             )  # fmt: skip
-        axes.set_yticks(range(len(known)), [name.strip() for name in known])
+        axes.set_yticks(range(len(known)), [name for name, *_ in known])
         axes.invert_yaxis()
         axes.set(xlabel="answered, % of the harmful prompts", xlim=(-2, 102))
     return output

@@ -78,10 +78,12 @@ def test_only_what_is_refused_is_taught_and_never_what_is_evaluated(lab, monkeyp
 
 
 def test_a_model_that_refuses_nothing_has_what_it_was_taught_or_nothing(
-    smoke_lab, lab, monkeypatch
+    smoke_lab, lab, monkeypatch, caplog
 ):
     monkeypatch.setattr(judges, "refused", lambda asked: [False for _ in asked])
-    assert own_refusals(lab, lab.aligned).pairs(lab) == lesson(lab, REFUSALS).taught(lab)
+    with caplog.at_level("WARNING"):
+        assert own_refusals(lab, lab.aligned).pairs(lab) == lesson(lab, REFUSALS).taught(lab)
+    assert "refuses nothing" in caplog.text
     came_aligned = smoke_lab("align=none")
     with pytest.raises(SsahError, match=r"tiny refuses none of the 8 .*experiment\.defences"):
         own_refusals(came_aligned, came_aligned.aligned).pairs(came_aligned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ from ..stage import stage
 from .answers import answers_to, completions
 from .lessons import Lesson, Pairs, lesson
 from .utility import perplexity_ratio
+
+logger = logging.getLogger(__name__)
 
 Purpose = Literal["safety", "utility"]
 Scores = dict[str, Tensor]
@@ -536,6 +539,7 @@ class Refusals:
         own = [p for p, declined in zip(pairs, judges.refused(asked), strict=True) if declined]
         if own or not lab.config.align.enabled:
             return own or _refuses_nothing(lab, len(pairs))
+        logger.warning("The aligned model refuses nothing: refusals that it was taught stand in.")
         return lesson(lab, REFUSALS).taught(lab)
 
 
