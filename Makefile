@@ -10,8 +10,6 @@ SSAH := $(BIN)/python -m ssah
 # Models and data come from the package index or from disk; the hub only on request.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# Large pages for tensors: a training step on two cores takes a tenth less time.
-export THP_MEM_ALLOC_ENABLE ?= 1
 
 # Their ids are written once, in the package.
 ARTEFACTS := $(shell sed -n 's/^ *Artefact."\([a-z0-9_]*\)".*/\1/p' ssah/artefacts/__init__.py)
@@ -67,9 +65,10 @@ $(NOTEBOOKS): env
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# A process for each core; the tests of one file stay in one process, which shares its fixtures.
+# A process for each core; the longest tests are collected first (tests/conftest.py groups them).
 test: env lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup \
+		--no-loadscope-reorder $(ARGS)
 
 test-notebooks: env
 	$(BIN)/python -m pytest tests/notebooks $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -62,6 +63,20 @@ def build_family(model_type: str, **overrides: Any) -> PreTrainedModel:
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file share their fixtures in one process, and all that read the table of the
+    livelier model do: it takes two minutes to measure."""
+    for item in items:
+        lively = "lively_table" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("lively" if lively else item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """Training collects garbage, which takes a second where thousands of tests are alive."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.errors import SsahError
 from ..core.progress import quiet
-from ..core.runtime import seed_everything
+from ..core.runtime import reuse_memory, seed_everything
 from .defences.base import Defence, Step
 from .loss import collate, summed_loss
 from .settings import TrainingConfig
@@ -127,6 +127,7 @@ def supervised_finetune(
     inside :func:`ssah.training.slicing.freeze_units`. Of a ``defence`` only what it does from the
     first step on happens here (:func:`ssah.training.defended.defended_finetune` does all).
     """
+    reuse_memory()
     seed_everything(seed)
     defence = defence or Defence()
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
