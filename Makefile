@@ -65,9 +65,10 @@ $(NOTEBOOKS): env
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# A process for each core; the longest tests are collected first (tests/conftest.py groups them).
+# A process for each core; the longest tests are collected first (tests/conftest.py says which
+# stay together).
 test: env lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile \
 		--no-loadscope-reorder $(ARGS)
 
 test-notebooks: env

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from xdist.scheduler import LoadFileScheduling
+
+from ssah.core.paths import project_root
 
 #: What every tiny configuration shares. Four heads on two KV heads, so that KV rows are shared.
 SHAPE = {
@@ -65,12 +69,22 @@ def build_family(model_type: str, **overrides: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share their fixtures in one process, and all that read the table of the
-    livelier model do: it takes two minutes to measure."""
-    for item in items:
-        lively = "lively_table" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("lively" if lively else item.path.stem))
+class _ByFixtures(LoadFileScheduling):
+    """The tests of a file stay in one process, and all files that read the table of the livelier
+    model in the same one: it takes two minutes to measure."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "lively" if "lively_table" in _source(file) else file
+
+
+@functools.cache
+def _source(file: str) -> str:
+    return (project_root() / file).read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return _ByFixtures(config, log)
 
 
 def pytest_collection_finish() -> None:
