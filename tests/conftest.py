@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 8},
     "phi3": {},
+    "starcoder2": {"sliding_window": None},
     "olmo": {},
     "olmo2": {},
     "mixtral": {"num_local_experts": 2},

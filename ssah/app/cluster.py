@@ -27,6 +27,7 @@ def submit(
     """
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
     except ImportError as error:
         raise SsahError("ssah submit needs submitit: pip install 'ssah[cluster]'.") from error
     executor = submitit.AutoExecutor(folder=str(home() / "jobs"), cluster=cluster)
@@ -38,9 +39,15 @@ def submit(
         failed = []
         for group in (numbers[i : i + width] for i in range(0, len(numbers), width)):
             print(f"Jobs {', '.join(map(str, group))} of {len(jobs)} ...", file=sys.stderr)
-            with executor.batch():
-                running = [executor.submit(run_job, n, profile, overrides) for n in group]
-            failed += [_reason(job) for job in running if job.exception() is not None]
+            try:
+                with executor.batch():
+                    running = [executor.submit(run_job, n, profile, overrides) for n in group]
+            except FailedJobError as error:
+                raise SsahError(
+                    f"{executor.cluster} took no job: {_last_line(error)}. Mend it, or run the "
+                    "jobs as processes of this machine with --cluster local."
+                ) from error
+            failed += [_last_line(error) for error in (j.exception() for j in running) if error]
         if failed:
             raise SsahError(
                 f"{len(failed)} of {len(numbers)} jobs failed, the first one with: {failed[0]} "
@@ -48,7 +55,6 @@ def submit(
             )
 
 
-def _reason(job: Any) -> str:
-    """The last line of why a job failed."""
-    lines: Sequence[str] = str(job.exception()).strip().splitlines()
-    return lines[-1] if lines else "no reason"
+def _last_line(error: BaseException) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -20,7 +20,8 @@ class Family:
     """Names of a block's linear layers, below ``layers.<number>``.
 
     ``inputs`` are what a unit reads with: the rows of queries, keys and values; and those of gate
-    and up-projection. Layers that one matrix holds, one after the other, are named alike.
+    and up-projection, or of the one projection of an MLP without a gate. Layers that one matrix
+    holds, one after the other, are named alike.
     """
 
     attention: str = "self_attn"
@@ -42,6 +43,7 @@ FAMILIES = {
     "gemma3_text": Family(),
     "olmo": Family(),
     "olmo2": Family(),
+    "starcoder2": Family(mlp_inputs=("c_fc",), mlp_output="c_proj"),
     "phi3": Family(attention_inputs=("qkv_proj",) * 3, mlp_inputs=("gate_up_proj",) * 2),
 }
 

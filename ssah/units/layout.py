@@ -241,7 +241,8 @@ def _mlp_block(model: nn.Module, family: Family, parent: str, layer: int) -> Blo
     output = f"{parent}.{family.mlp_output}"
     width = _plain_linear(model, output).in_features
     neurons = torch.arange(width)[:, None]
-    slices = _input_slices(model, parent, family.mlp_inputs, [(neurons, width)] * 2)
+    rows = [(neurons, width) for _ in family.mlp_inputs]
+    slices = _input_slices(model, parent, family.mlp_inputs, rows)
     slices += _slices(model, output, 1, neurons)
     return Block(f"layers.{layer}.mlp", layer, "mlp", output, neurons, tuple(slices))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ssah.app.cluster import submit
 from ssah.app.notebooks import execute
 from ssah.app.study import Study, slug
 from ssah.core.errors import SsahError
@@ -23,6 +25,17 @@ def test_a_study_under_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SsahError, match=r"A study is one process \(WORLD_SIZE is 2\).*ssah submit"):
         Study("smoke")
+
+
+def test_a_cluster_without_a_controller_is_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'error: Unable to contact slurm controller' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SSAH_HOME", str(tmp_path / "home"))
+    with pytest.raises(SsahError, match=r"slurm took no job: error: Unable to contact.*--cluster"):
+        submit("smoke", [], "slurm", None, {})
 
 
 def test_a_training_on_two_devices_is_refused(smoke_lab, monkeypatch):

@@ -61,19 +61,26 @@ def expected_listings(model, layer: int, kind: str) -> dict[str, list[int]]:
         "v_proj": [values] * KV_HEADS * head_dim,
     }
     neurons = config.intermediate_size
+    last = "down_proj"
     if config.model_type == "phi3":
         rows = {"qkv_proj": [count for listed in rows.values() for count in listed]}
         feeding = {"gate_up_proj": [1] * 2 * neurons}
     else:
         rows = {name: listed for name, listed in rows.items() if any(listed)}
         feeding = {"gate_proj": [1] * neurons, "up_proj": [1] * neurons}
-    wanted = {f"{parent}.self_attn.{name}.weight": listed for name, listed in rows.items()}
-    if config.model_type == "qwen2":
-        wanted |= {name.replace(".weight", ".bias"): listed for name, listed in wanted.items()}
+    if config.model_type == "starcoder2":  # no gate
+        feeding, last = {"c_fc": [1] * neurons}, "c_proj"
+    read = {f"{parent}.self_attn.{name}": listed for name, listed in rows.items()}
+    read |= {f"{parent}.mlp.{name}": listed for name, listed in feeding.items()}
+    wanted = {f"{name}.weight": listed for name, listed in read.items()}
+    wanted |= {f"{name}.bias": read[name] for name in read if has_bias(model, name)}
     wanted[f"{parent}.self_attn.o_proj.weight"] = [1] * HEADS * head_dim
-    wanted |= {f"{parent}.mlp.{name}.weight": listed for name, listed in feeding.items()}
-    wanted[f"{parent}.mlp.down_proj.weight"] = [1] * neurons
+    wanted[f"{parent}.mlp.{last}.weight"] = [1] * neurons
     return wanted
+
+
+def has_bias(model, path: str) -> bool:
+    return model.get_submodule(path).bias is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,16 +118,19 @@ def test_unit_weights_sum_to_the_true_count(families, model_type, kind):
     head_dim = model.get_submodule("model.layers.0.self_attn.o_proj").in_features // HEADS
     width, neurons = model.config.hidden_size, model.config.intermediate_size
     query_rows, kv_rows = HEADS * head_dim, KV_HEADS * head_dim
-    row = width + (model_type == "qwen2")  # with its bias
+    row = width + (model_type in ("qwen2", "starcoder2"))  # with its bias
     if kind == "channel":
         attention = kv_rows * row + width * query_rows
     else:
         attention = (query_rows + 2 * kv_rows) * row + width * query_rows
         in_model = sum(
-            p.numel() for n, p in model.named_parameters() if "_proj" in n and "self_attn" in n
+            p.numel()
+            for n, p in model.named_parameters()
+            if "_proj" in n and "self_attn" in n and not n.endswith("o_proj.bias")
         )
         assert 2 * attention == in_model
-    assert layout.parameters == pytest.approx(2 * (attention + 3 * width * neurons))
+    per_neuron = 2 * width + 1 if model_type == "starcoder2" else 3 * width
+    assert layout.parameters == pytest.approx(2 * (attention + per_neuron * neurons))
     assert layout.weights(~layout.none()) == pytest.approx(layout.parameters)
     assert layout.weights(layout.none()) == 0
     units = {"head": HEADS, "kv_group": KV_HEADS, "channel": query_rows}[kind]
