@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +23,8 @@ from ..lab.table import merged, read_table, same_subjects, typed, write_table
 from . import report
 from .notebooks import available, execute, execute_all
 from .processes import side_by_side
-from .study import Study
-from .write import SETTINGS, write_output
-
-#: Overrides that say which seeds a run has.
-SEEDS = ("seed", "n_seeds", "headline_seeds")
+from .study import PUBLISHED, Study, combined
+from .write import write_output
 
 
 def artefacts(names: Sequence[str], profile: str, overrides: list[str], *, sweep: bool) -> None:
@@ -138,16 +134,7 @@ def merge(folders: Sequence[Path], target: Path) -> None:
                 f"{folder} holds no measurements.parquet: name results folders of runs."
             )
     whole = merged(tables)
-    studies: dict[str, Study] = {}
-    for folder in folders:
-        for model, made in json.loads((folder / SETTINGS).read_text(encoding="utf-8")).items():
-            own = [o for o in made["overrides"] if o.split("=")[0] not in SEEDS]
-            if model not in studies:
-                studies[model] = Study(made["profile"], own, results=target)
-    study = next(iter(studies.values()))
-    for other in studies.values():
-        study.configs |= other.configs
-        study.made |= other.made
+    study = combined(folders, target)
     publishing = target.resolve() == (results_root() / "published").resolve()
     if publishing:
         report.require_known_commits(whole)
@@ -159,6 +146,7 @@ def merge(folders: Sequence[Path], target: Path) -> None:
     write_table(whole, target)
     if publishing:
         report.refresh_published()
+        execute_all([*available(), "00_index"], target, PUBLISHED, [])
     else:
         report.write_reports(target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shlex
 import time
 from collections.abc import Iterable, Sequence
@@ -14,25 +15,32 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from ..artefacts import ARTEFACTS, Artefact, find
+from ..artefacts import ARTEFACTS, Artefact, Output, find
 from ..claims.table import claims_table, styled
+from ..core.errors import SsahError
 from ..core.files import write_atomically
 from ..core.paths import home, results_root
 from ..core.progress import in_notebook, show_progress
 from ..core.runtime import require_one_process
 from ..core.store import Store, digest
 from ..lab import catalogue
-from ..lab.config import Config, compose
+from ..lab.config import Config, compose, joint
 from ..lab.jobs import FIRST, Job, costs, jobs_of
 from ..lab.lab import Lab
 from ..lab.measure import Measure, measured
-from ..lab.table import merged, read_table, typed, updated, write_table
+from ..lab.table import merged, read_table, same_subjects, typed, updated, write_table
 from .processes import run_jobs
-from .write import write_output, write_times
+from .write import SETTINGS, write_output, write_times
+
+#: The profile of a study that shows ``results/published``, of all its models, and computes nothing.
+PUBLISHED = "published"
 
 #: Measured for more seeds than the others where ``headline_seeds`` says so; of another family than
 #: the paper's main one, Tables 12 and 14 show the same measures.
 HEADLINE = ("table1", "table2", "table12", "table14")
+
+#: Overrides that say which seeds a run has.
+SEEDS = ("seed", "n_seeds", "headline_seeds")
 
 
 class Study:
@@ -40,7 +48,8 @@ class Study:
 
     ``only`` restricts :meth:`show` to some artefacts (all where empty). Results go to
     ``results/<profile>``, or with overrides to ``results/<profile>/<overrides>``, so that runs of
-    different settings never mix.
+    different settings never mix. The profile ``published`` shows what is in ``results/published``
+    and computes nothing; it takes no overrides.
     """
 
     def __init__(
@@ -55,21 +64,45 @@ class Study:
             pd.set_option("display.max_colwidth", None)  # claims are sentences
         require_one_process()
         self.overrides = [o for o in overrides if not o.startswith("runtime.")]
-        self.config: Config = compose(profile, list(overrides))
         self.only = tuple(only)
-        name = self.config.model.name
-        #: By model: what it is measured with, and how that is asked for.
-        self.configs = {name: self.config}
-        self.made = {name: {"profile": profile, "overrides": self.overrides}}
         self.store = Store(home() / "runs")
+        self.profile = profile
+        if profile == PUBLISHED:
+            self._open_published()
+            return
+        self.config: Config = compose(profile, list(overrides))
+        name = self.config.model.name
+        #: By model: what it is measured with, and the runs that asked for it.
+        self.configs = {name: self.config}
+        self.made = {name: [{"profile": profile, "overrides": self.overrides}]}
         catalogue.check(self.labs[0])
         self.results = results or results_root() / profile / slug(self.overrides)
         if self.config.runtime.threads:
             torch.set_num_threads(self.config.runtime.threads)
 
+    def _open_published(self) -> None:
+        self.results = results_root() / PUBLISHED
+        if self.overrides:
+            raise SsahError(
+                "The profile 'published' shows what was measured and takes no overrides: choose "
+                "profile=laptop to measure with others."
+            )
+        if not (self.results / SETTINGS).exists():
+            raise SsahError(
+                f"{self.results} is not there: the published results come with a clone of the "
+                "repository."
+            )
+        whole = combined([self.results], self.results)
+        self.config, self.configs, self.made = whole.config, whole.configs, whole.made
+
     @functools.cached_property
     def labs(self) -> list[Lab]:
         """One for each seed; those after the first ``n_seeds`` for the headline alone."""
+        if self.profile == PUBLISHED:
+            raise SsahError(
+                "The profile 'published' computes nothing: open a notebook with it, or choose "
+                "profile=laptop."
+            )
         count = max(self.config.n_seeds, self.config.headline_seeds)
         return [Lab(self.config, self.store, self.config.seed + i) for i in range(count)]
 
@@ -106,9 +139,10 @@ class Study:
         found = find(artefact)
         if self.only and artefact not in self.only:
             return None
-        return self._produce(found)
+        output = drawn(self, found) if self.profile == PUBLISHED else self._produce(found)
+        return output.figure if output.figure is not None else output.table
 
-    def _produce(self, artefact: Artefact) -> Any:
+    def _produce(self, artefact: Artefact) -> Output:
         start = time.monotonic()
         parts, used = [], set()
         for lab, measures in self.asked([artefact]):
@@ -120,7 +154,7 @@ class Study:
         with FileLock(self.results / ".measurements.lock"):  # notebooks run side by side
             write_table(updated(read_table(self.results), own), self.results)
         write_times(self, artefact, used, time.monotonic() - start)
-        return output.figure if output.figure is not None else output.table
+        return output
 
     def claims(self, artefact: str | None = None) -> Any:
         """The claims table, or its rows that rest on one artefact."""
@@ -136,6 +170,38 @@ class Study:
             "overrides": shlex.join(self.overrides),
             "config": digest(asdict(self.config))[:10],
         }
+
+
+def combined(folders: Sequence[Path], results: Path) -> Study:
+    """A study that draws what several results folders hold: of each model, all that its runs
+    asked."""
+    made: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        for model, runs in json.loads((folder / SETTINGS).read_text(encoding="utf-8")).items():
+            known = made.setdefault(model, [])
+            known += [run for run in runs if run not in known]
+    first = next(iter(made.values()))[0]
+    study = Study(first["profile"], _without_seeds(first["overrides"]), results=results)
+    study.made = made
+    study.configs = {
+        model: joint([compose(run["profile"], _without_seeds(run["overrides"])) for run in runs])
+        for model, runs in made.items()
+    }
+    return study
+
+
+def _without_seeds(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if override.split("=")[0] not in SEEDS]
+
+
+def drawn(study: Study, artefact: Artefact) -> Output:
+    """An artefact as a results folder has it; where that lacks it, the paper's numbers alone."""
+    table, path = read_table(study.results), study.results / "tables" / f"{artefact.id}.csv"
+    if path.exists():
+        return artefact.view(same_subjects(table, typed(pd.read_csv(path))), study.configs)
+    if artefact.id.startswith("table"):
+        return artefact.view(table[:0], study.configs)
+    return artefact.empty(f"{artefact.id} is not in the results of {study.results.name}.")
 
 
 def slug(overrides: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .study import Study
 
 
-#: What a results folder was made with, by model: profile and overrides.
+#: What a results folder was made with, by model: profile and overrides of each run.
 SETTINGS = "settings.json"
 
 
@@ -52,11 +52,13 @@ def _origin(study: Study, artefact: Artefact, table: pd.DataFrame) -> str:
     stamp, models = study.stamp, ", ".join(table["model"].unique()) or study.config.model.name
     seeds = " ".join(map(str, sorted(set(table["seed"])))) or "none"
     commits = sorted({commit for text in table["commits"] for commit in text.split()})
+    measured = f"measured at commit {', '.join(commits) or 'unknown'}"
+    begin = f"{artefact.title}. Profile {stamp['profile']}, model {models}, seeds {seeds}"
+    if sum(map(len, study.made.values())) > 1:
+        return f"{begin}, {measured}, in the runs that {SETTINGS} lists."
     return (
-        f"{artefact.title}. Profile {stamp['profile']}, model {models}, seeds {seeds}, "
-        f"{stamp['overrides'] or 'no overrides'}, config {stamp['config']}, measured at commit "
-        f"{', '.join(commits) or 'unknown'}. Command: ssah {artefact.id} "
-        f"profile={stamp['profile']} {stamp['overrides']}".rstrip()
+        f"{begin}, {stamp['overrides'] or 'no overrides'}, config {stamp['config']}, {measured}. "
+        f"Command: ssah {artefact.id} profile={stamp['profile']} {stamp['overrides']}".rstrip()
     )
 
 

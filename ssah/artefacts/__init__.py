@@ -62,21 +62,22 @@ class Artefact:
         view = getattr(self._module, self.id)
         models = [name for name in configs if (table["model"] == name).any()]
         if not models and (reason := self._left_out(next(iter(configs.values())))):
-            return self._empty(reason)
+            return self.empty(reason)
         if len(models) < 2:
             return view(table, configs[models[0]] if models else next(iter(configs.values())))
         from .several import below_each_other
 
         return below_each_other(view, table, {name: configs[name] for name in models})
 
-    def _empty(self, reason: str) -> Output:
+    def empty(self, reason: str) -> Output:
+        """What stands in its place where there is nothing to show."""
         import pandas as pd
 
-        from .draw import new_figure
+        from .draw import written_figure
 
         if self.id.startswith("table"):
             return Output(reason, pd.DataFrame({"not measured": [reason]}))
-        return Output(reason, figure=new_figure(4, 1))
+        return Output(reason, figure=written_figure(reason))
 
     @property
     def _module(self) -> ModuleType:

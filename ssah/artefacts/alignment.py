@@ -16,7 +16,7 @@ from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import RU
 from . import Output
-from .draw import COLOURS, new_figure, styled
+from .draw import COLOURS, new_figure, styled, written_figure
 from .freezing import name_of
 from .pick import arms_of, estimate, filled, format_estimate, paper_rows
 
@@ -183,7 +183,7 @@ def _which_seeds(table: pd.DataFrame) -> str:
 def fig_budget(table: pd.DataFrame, config: Config) -> Output:
     """Safety against the tax, one point for each part that was trained."""
     if no_pair(config):
-        return Output(no_pair(config), figure=new_figure(4, 1))
+        return Output(no_pair(config), figure=written_figure(no_pair(config)))
     arms = _arms(table)
     output = Output(
         "Left: ASR against the drift of the benign output distribution (KL from the unaligned "

@@ -20,7 +20,7 @@ from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import CU6
 from . import Output
-from .draw import COLOURS, new_figure, styled
+from .draw import COLOURS, new_figure, styled, written_figure
 from .freezing import BEFORE, ONE_EPOCH
 from .pick import arms_of, estimate, filled, format_estimate
 
@@ -247,7 +247,8 @@ def fig_defences(table: pd.DataFrame, config: Config) -> Output:
     """Safety against what is learned: each defence with its strengths."""
     choice = chosen(table, config)
     if not choice:
-        return Output(_ABSENT.format("defences"), figure=new_figure(4, 1))
+        note = _ABSENT.format("defences")
+        return Output(note, figure=written_figure(note))
     output = Output(
         "One epoch on instructions. To the right: more is learned (held-out gain, nats per token); "
         "below: safer (ASR, % of the evaluation prompts). Full symbols: the strength that is "
@@ -305,7 +306,8 @@ def fig_defences_steps(table: pd.DataFrame, config: Config) -> Output:
         if arm["method"] in ("defended", "frozen")
     ]
     if not arms:
-        return Output(_ABSENT.format("defended_longer"), figure=new_figure(4, 1))
+        note = _ABSENT.format("defended_longer")
+        return Output(note, figure=written_figure(note))
     output = Output(
         f"Fine-tuned on instructions for {LONG} epochs, at the recommended strengths. Left: ASR "
         "after each epoch, with 95 % intervals; epoch 0 is the aligned model. Right: what was "

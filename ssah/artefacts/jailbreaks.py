@@ -18,7 +18,7 @@ from ..lab.metrics.behaviour import jailbroken
 from ..lab.stages.lessons import MAIN_ATTACK, STYLE_LESSON, available_attacks
 from ..lab.units_of import ALL_CU, CU6
 from . import Output
-from .draw import COLOURS, new_figure, styled
+from .draw import COLOURS, new_figure, styled, written_figure
 from .freezing import ONE_EPOCH, name_of
 from .pick import arms_of, estimate, filled, format_estimate, paper, rows_of
 
@@ -228,7 +228,7 @@ def fig_depth(table: pd.DataFrame, config: Config) -> Output:
     )
     if not named or not table["set"].isin([name for _, name in named]).any():
         output.note = _NOT_MEASURED.strip()
-        output.figure = new_figure(4, 1)
+        output.figure = written_figure(output.note)
         return output
     arms: list[tuple[str, dict[str, Any], tuple[str, str, str]]]
     arms = [("initial", {}, ("v", COLOURS["RU"], "-"))]

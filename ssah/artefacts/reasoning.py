@@ -13,7 +13,7 @@ from ..lab.measure import Measure
 from ..lab.metrics.direction import EVERY, SAME_WORDS, SUBTRACTED
 from ..lab.stages.probes import QUERIES, opening_texts
 from . import Output
-from .draw import new_figure, styled
+from .draw import new_figure, styled, written_figure
 from .draw.mirrored import by_block, draw_blocks, draw_tokens, pair
 from .pick import rows_of
 
@@ -146,7 +146,7 @@ def fig7(table: pd.DataFrame, config: Config) -> Output:
     found = [name for name in ELSEWHERE if not rows_of(table, "lean", set=name, at=None).empty]
     if not found:
         note = f"This data source has none of the sets {', '.join(ELSEWHERE)} (docs/data.md)."
-        return Output(note, figure=new_figure(4, 1))
+        return Output(note, figure=written_figure(note))
     output = Output(
         _note(
             table,

@@ -12,7 +12,7 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.stages.lessons import MAIN_ATTACK
 from . import Output
-from .draw import COLOURS, new_figure, styled
+from .draw import COLOURS, new_figure, styled, written_figure
 from .pick import arms_of, estimate
 
 _SAFETY = ("ASR", "no refusal phrase", "perplexity", "units")
@@ -56,7 +56,7 @@ def fig_sufficiency(table: pd.DataFrame, config: Config) -> Output:
             "Not measured here: activation patching is part of `experiment=published` "
             "(experiment.patched names the groups)."
         )
-        output.figure = new_figure(4, 1)
+        output.figure = written_figure(output.note)
         return output
     attacked = catalogue.ATTACKED_LONGEST | {"epoch": config.finetune.epochs}
     shown = [("aligned, before the attack", {}), ("attacked, nothing patched", attacked)]

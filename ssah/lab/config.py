@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -248,6 +249,52 @@ def compose(profile: str = "laptop", overrides: list[str] | None = None) -> Conf
     check(config)
     _check_together(config)
     return config
+
+
+#: What may differ between runs whose measurements are merged: what is asked, of how many states,
+#: and where.
+_PER_RUN = ("experiment", "probes", "runtime", "seed", "n_seeds", "headline_seeds")
+
+
+def joint(configs: Sequence[Config]) -> Config:
+    """What merged measurements are drawn with: the first configuration, asking all that any asks.
+
+    Raises :class:`SsahError` where they differ in what is measured, not only in what is asked.
+    """
+    first, asked = configs[0], [config.experiment for config in configs]
+    # Which prompts jailbreaks are of means nothing where none is asked.
+    prompts = {experiment.jailbreak_prompts for experiment in asked if experiment.jailbreaks}
+    shares = {experiment.ru_share for experiment in asked}
+    differing = [
+        *(key for key in _measured(first) if len({str(_measured(c)[key]) for c in configs}) > 1),
+        *(["experiment.ru_share"] if len(shares) > 1 else []),
+        *(["experiment.jailbreak_prompts"] if len(prompts) > 1 else []),
+    ]
+    if differing:
+        raise SsahError(
+            f"Runs of {first.model.name} differ in {', '.join(differing)}: only runs that differ "
+            "in seeds and in what is asked can be merged."
+        )
+    union = {f.name: _union([getattr(e, f.name) for e in asked]) for f in fields(first.experiment)}
+    union["jailbreak_prompts"] = min(prompts, default=first.experiment.jailbreak_prompts)
+    return replace(first, experiment=ExperimentConfig(**union))
+
+
+def _measured(config: Config) -> dict[str, Any]:
+    """Every setting by its key, but those of :data:`_PER_RUN`."""
+    groups = {name: value for name, value in asdict(config).items() if name not in _PER_RUN}
+    groups["profile"] = {"name": groups.pop("name")}
+    return {f"{group}.{name}": v for group, values in groups.items() for name, v in values.items()}
+
+
+def _union(values: Sequence[Any]) -> Any:
+    """Each element of some lists once, by key where they have keys; of numbers the largest."""
+    if isinstance(values[0], dict):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _union([value.get(key, []) for value in values]) for key in keys}
+    if isinstance(values[0], list):
+        return list(dict.fromkeys(element for value in values for element in value))
+    return max(values)
 
 
 def _check_together(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -203,6 +205,53 @@ def test_models_are_merged_and_drawn_below_each_other(smoke_study, tmp_path):
     assert set(read_table(tmp_path / "both")["model"]) == {"tiny", "second"}
     commands.merge([tmp_path / "both"], tmp_path / "again")
     assert (tmp_path / "again" / "tables" / "table1.md").read_text() == shown, "it names both"
+
+
+def shown(study: Study, folder: Path, artefact: str = "table1") -> Path:
+    study.results = folder
+    study.show(artefact)
+    return folder
+
+
+def test_runs_that_ask_for_other_arms_are_drawn_with_the_arms_of_both(smoke_study, tmp_path):
+    asked = ("ESU", "RU")
+    folders = [
+        shown(smoke_study(f"experiment.removed=[{name}]"), tmp_path / name) for name in asked
+    ]
+    commands.merge(folders, tmp_path / "both")
+    drawn = (tmp_path / "both" / "tables" / "table1.md").read_text()
+    for name in asked:
+        assert f"| {name} " in drawn
+    assert "in the runs that settings.json lists" in drawn
+    runs = json.loads((tmp_path / "both" / "settings.json").read_text())["tiny"]
+    assert [run["overrides"] for run in runs] == [[f"experiment.removed=[{n}]"] for n in asked]
+
+
+def test_runs_of_other_settings_are_not_merged(smoke_study, tmp_path):
+    folders = [shown(smoke_study(), tmp_path / "own")]
+    folders += [shown(smoke_study("evaluate.max_new_tokens=3", "seed=1"), tmp_path / "shorter")]
+    with pytest.raises(SsahError, match=r"Runs of tiny differ in evaluate\.max_new_tokens: only"):
+        commands.merge(folders, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_published_results_are_shown_and_nothing_is_computed(smoke_study, tmp_path, monkeypatch):
+    folder = shown(smoke_study(), tmp_path / "published")
+    monkeypatch.setattr("ssah.app.study.results_root", lambda: tmp_path)
+    monkeypatch.setenv("SSAH_HOME", str(tmp_path / "home"))
+    study = Study("published", only=["table1", "fig5"])
+    expected = smoke_study().show("table1")
+    pd.testing.assert_frame_equal(study.show("table1"), expected)
+    assert study.show("fig5") is not None, "it says that it was not measured"
+    assert study.show("table2") is None, "it was not asked for"
+    assert not (tmp_path / "home" / "runs").exists()
+    for command in ("plan", "table1", "reproduce"):
+        assert cli.main([command, "profile=published"]) == 1
+    with pytest.raises(SsahError, match="takes no overrides: choose profile=laptop"):
+        Study("published", ["seed=1"])
+    (folder / "settings.json").unlink()
+    with pytest.raises(SsahError, match="published is not there: the published results come with"):
+        Study("published")
 
 
 def test_only_what_the_repository_made_is_published(tmp_path, monkeypatch):

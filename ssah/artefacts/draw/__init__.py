@@ -3,6 +3,7 @@ drawn: a plan needs these modules as well."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -34,6 +35,13 @@ def new_figure(width: float, height: float) -> Figure:
 
     host = _HOST.get()
     return ShownFigure(figsize=(width, height)) if host is None else cast("Figure", host)
+
+
+def written_figure(text: str) -> Figure:
+    """What stands where there is nothing to draw, so that nobody takes it for a fault."""
+    figure = new_figure(6, 1)
+    figure.text(0.5, 0.5, textwrap.fill(text, 90), ha="center", va="center", fontsize=8)
+    return figure
 
 
 def stacked(parts: Mapping[str, Callable[[], Figure]]) -> Figure:
