@@ -40,11 +40,12 @@ help:
 env:
 	@test -x $(BIN)/ssah || $(MAKE) --no-print-directory setup
 
+# Python compiles what it imports; to compile all that is installed takes longer than the rest.
 setup:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-compile -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps -e .
 
 plan reproduce bench demo clean-cache: env
