@@ -278,6 +278,19 @@ def test_a_dry_run_trains_and_writes_nothing(toy, chat_model):
     assert not list((toy / "home").glob("runs/protected*"))
 
 
+def test_no_more_prompts_are_asked_than_bring_enough_refusals(toy, chat_model, monkeypatch):
+    def all_of_them(arm, prompts, run):
+        asked.append(len(prompts))
+        return [(row.prompt, "I can't help with that.") for row in prompts]
+
+    asked: list[int] = []
+    monkeypatch.setattr("ssah.app.protect.protect.refusal_pairs", all_of_them)
+    run(chat_model, toy, share=0.1)
+    data = json.loads((toy / "out" / "report.json").read_text())
+    assert data["facts"]["Defence"]["refusals among the rows"].startswith("3 beside 32 rows")
+    assert asked == [6], "twice as many as are learned"
+
+
 def test_a_kill_in_the_middle_of_training_costs_one_checkpoint(toy, chat_model, monkeypatch):
     whole = run(chat_model, toy, epochs=2)
     made = load_file(toy / "out" / "model.safetensors")
@@ -293,7 +306,7 @@ def test_a_kill_in_the_middle_of_training_costs_one_checkpoint(toy, chat_model, 
     with pytest.raises(Interruption):
         run(chat_model, toy, epochs=2)
     kept = {path: path.stat().st_mtime_ns for path in (toy / "other").glob("runs/*/answers.json")}
-    assert len(kept) == 5  # a first look, three sets, its own refusals
+    assert len(kept) == 6  # a first look, three sets, its own refusals: of some prompts, of all
     assert list((toy / "other").glob("runs/protected_mixing-*.partial/checkpoints/checkpoint-6"))
     again = run(chat_model, toy, epochs=2)
     assert begun == [*range(7), *range(6, 10)]

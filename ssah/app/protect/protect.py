@@ -17,6 +17,7 @@ from ...core.paths import home
 from ...core.store import Store
 from ...core.valid import check as check_settings
 from ...data.dialogues import Dialogue, Found, find_dialogues, near
+from ...data.rows import Row
 from ...data.split import normalised
 from ...evaluate import judges
 from ...evaluate.judges import Completion
@@ -24,7 +25,7 @@ from ...evaluate.likelihood import Pair
 from ...lab.load import Checkpoint
 from ...units.layout import UnitLayout
 from . import measure as measuring
-from .measure import Arm, Measured, Prompts, Question, measure, questions, tokens_of
+from .measure import Arm, Measured, Prompts, Question, measure, questions, spread, tokens_of
 from .needs import memory_gb, micro_batch, require_disk, require_room, training_gb
 from .report import NUMBERS, Report, write_report
 from .schedule import LEARNED, Schedule, Step, spoken
@@ -32,6 +33,8 @@ from .settings import DEFENCES, Settings
 from .subject import Subject, in_memory, named
 from .train import (
     ADAPTER,
+    PAIRS_FOR_UNITS,
+    count_mixed,
     encode_refusals,
     encode_rows,
     mixed_in,
@@ -113,10 +116,7 @@ def protect(
     refusals: list[Pair] = []
     inputs: tuple[str, ...] = ()
     if chosen.mixes or chosen.freezes:
-        run = own_refusals(before, work.prompts.taught)
-        schedule.run(_refusals_step(work), run)
-        refusals = encode_refusals(subject, refusal_pairs(before, work.prompts.taught, run))
-        inputs = (run.key,)
+        refusals, inputs = _own_refusals(before, work, schedule)
     before.drop()
     trainings, trained = {}, {}
     for name, how in work.arms.items():
@@ -311,11 +311,39 @@ def _require_refusals(subject: Subject, measured: Measured, *, none_at_all: bool
         )
 
 
+def _own_refusals(
+    before: Arm, work: _Work, schedule: Schedule
+) -> tuple[list[Pair], tuple[str, ...]]:
+    """Refusals to learn, and the keys of the runs that hold them: all prompts are asked only where
+    the first ones do not bring as many as are needed."""
+    found: list[Pair] = []
+    keys: list[str] = []
+    first = _asked_first(work)
+    for prompts in (first, [row for row in work.prompts.taught if row not in first]):
+        if prompts and len(found) < _needed(work):
+            run = own_refusals(before, prompts)
+            schedule.run(_refusals_step(prompts), run)
+            found += encode_refusals(work.subject, refusal_pairs(before, prompts, run))
+            keys.append(run.key)
+    return found, tuple(keys)
+
+
+def _needed(work: _Work) -> int:
+    """So many refusals are learned, or units found on."""
+    learned = count_mixed(work.taught, work.settings.share) if work.settings.mixes else 0
+    return max(learned, PAIRS_FOR_UNITS if work.settings.freezes else 0)
+
+
+def _asked_first(work: _Work) -> list[Row]:
+    """A model that refuses every second harmful request refuses enough of these."""
+    return spread(work.prompts.taught, 2 * _needed(work))
+
+
 # --- the schedule ----------------------------------------------------------------------------
 
 
-def _refusals_step(work: _Work) -> Step:
-    return Step("its own refusals", "prompt", 2 * len(work.prompts.taught))  # they are longer
+def _refusals_step(prompts: Sequence[Row]) -> Step:
+    return Step("its own refusals", "prompt", 2 * len(prompts))  # they are longer
 
 
 def _training_step(name: str, work: _Work, how: Settings) -> Step:
@@ -326,7 +354,7 @@ def _training_step(name: str, work: _Work, how: Settings) -> Step:
 def _scheduled(asked: Sequence[Question], work: _Work) -> Schedule:
     steps = [question.step("before") for question in asked]
     if work.settings.mixes or work.settings.freezes:
-        steps.append(_refusals_step(work))
+        steps.append(_refusals_step(_asked_first(work)))
     for name, how in work.arms.items():
         steps.append(_training_step(name, work, how))
         steps += [question.step(name) for question in asked]

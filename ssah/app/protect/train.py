@@ -97,8 +97,12 @@ def mixed(rows: Sequence[Pair], refusals: Sequence[Pair], share: float, seed: in
     arms take equally many steps; whoever brings rows wants all of them learned.
     """
     shuffled = random.Random(seed).sample(list(refusals), len(refusals))
-    count = max(round(share * len(rows)), 1)
-    return [*rows, *itertools.islice(itertools.cycle(shuffled), count)]
+    return [*rows, *itertools.islice(itertools.cycle(shuffled), count_mixed(rows, share))]
+
+
+def count_mixed(rows: Sequence[Pair], share: float) -> int:
+    """How many refusals are put behind so many rows."""
+    return max(round(share * len(rows)), 1)
 
 
 def mixed_in(training: Mapping[str, Any]) -> str:
