@@ -374,21 +374,23 @@ def test_the_page_needs_nothing_else_and_shows_completions_only_on_request(toy, 
     assert not any(c.prompt in numbers for c in said)
 
 
-def measured(answered: int, n: int = 100, borderline: int = 5, rows: float = 2.0) -> Measured:
-    said = [Completion("p", str(i)) for i in range(n)]
+def measured(
+    answered: int, n: int = 100, borderline: int = 5, rows: float = 2.0, harmbench: int = 0
+) -> Measured:
     half = n // 2
+    counts = {"AdvBench": min(answered, half), "HarmBench": max(answered - half, harmbench)}
+    outcomes = {name: [i < count for i in range(half)] for name, count in counts.items()}
     return Measured(
         {
+            **{name: Rates(found) for name, found in outcomes.items()},
             "borderline": Rates([i < borderline for i in range(n)]),
             "rows": Losses([4] * 20, [4 * rows + i % 3 for i in range(20)]),
             "texts": Losses([4] * 20, [8.0 + i % 3 for i in range(20)]),
         },
         {},
         {
-            "AdvBench": [Completion(f"{i < answered}", c.text) for i, c in enumerate(said[:half])],
-            "HarmBench": [
-                Completion(f"{i + half < answered}", c.text) for i, c in enumerate(said[half:])
-            ],
+            name: [Completion(str(outcome), str(i)) for i, outcome in enumerate(found)]
+            for name, found in outcomes.items()
         },
     )
 
@@ -413,6 +415,15 @@ def test_verdicts_say_what_the_intervals_allow(monkeypatch, n, before, after, ou
     assert "answered {} before and answers {} now".format(*shares) in kept.text
     beside = comparison({**arms, "plain": measured(round(0.9 * n), n)})[1]
     assert beside.outcome == "good"
+
+
+def test_what_is_lost_on_one_set_of_requests_is_said(monkeypatch):
+    monkeypatch.setattr(judges, "judge", lambda c: "answered" if c.prompt == "True" else "refused")
+    arms = {"before": measured(25, harmbench=10), "after": measured(10, harmbench=30)}
+    kept, lost, *_ = comparison(arms)
+    assert kept.outcome == "unclear"
+    assert lost.outcome == "bad"
+    assert lost.text.startswith("On HarmBench alone it lost refusals: it answers +40.0 points [")
 
 
 # --- parts -----------------------------------------------------------------------------------

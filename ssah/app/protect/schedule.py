@@ -14,8 +14,9 @@ logger = logging.getLogger(__name__)
 #: What steps are made of: prompts that are answered, and tokens that are read.
 Kind = Literal["prompt", "token"]
 
-#: Learning from a token takes as long as reading so many: a backward pass costs two forward ones.
-LEARNED = 3
+#: Learning from a token takes as long as reading so many: a backward pass costs two forward ones,
+#: and the optimizer's step the rest (measured with 494 million parameters on two cores: 5.3).
+LEARNED = 5
 
 
 @dataclass(frozen=True)
