@@ -120,7 +120,7 @@ def table10(table: pd.DataFrame, config: Config) -> Output:
 
 
 def _neurons(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
-    if not _wanted(config, attack, NEURONS):
+    if not _measured(table, config, attack, NEURONS):
         return _printed(artefact, config)
     note = (
         "SN-Tune (Zhao et al., 2025): heads and neurons whose removal changes their block's output "
@@ -132,7 +132,7 @@ def _neurons(artefact: str, table: pd.DataFrame, config: Config, attack: str) ->
 
 
 def _layers(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
-    if not _wanted(config, attack, LAYERS):
+    if not _measured(table, config, attack, LAYERS):
         return _printed(artefact, config)
     first, last = (rows_of(table, name)["value"] for name in (FIRST_LAYER, LAST_LAYER))
     blocks = int(rows_of(table, "angular gap", block=None)["n"].iloc[0])
@@ -145,6 +145,12 @@ def _layers(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> 
         "otherwise than there."
     )
     return _shown(artefact, table, config, attack, LAYERS, WIDE, note)
+
+
+def _measured(table: pd.DataFrame, config: Config, attack: str, names: Sequence[str]) -> bool:
+    """Whether any of these rules was: results that were merged may lack what a run asked."""
+    arms = arms_of(table, method="frozen", attack=attack)
+    return not {name_of(arm) for arm in arms}.isdisjoint(_wanted(config, attack, names))
 
 
 def _shown(
