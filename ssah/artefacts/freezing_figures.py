@@ -60,7 +60,8 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
         f"(and draws). ASR is of {config.data.evaluation} prompts; measurements.csv has the "
         "interval of each point. `experiment=published` sweeps over more shares."
     )
-    frozen = set(rows_of(table, "ASR", method="frozen", attack=MAIN_ATTACK)["rule"])
+    arms = rows_of(table, "ASR", method="frozen", attack=MAIN_ATTACK, rule=None, epoch=None)
+    frozen = set(arms["rule"])
     asked = sorted(config.experiment.cu_percents)
     percents = [p for p in asked if f"ESU + {p:g} % CU" in frozen] or asked
     right = max(percents) * 1.25 + 1
