@@ -68,7 +68,7 @@ def execute(
             f"declare {', '.join(PARAMETERS)} and nothing else."
         )
     _require_own_kernel()
-    folder = results / "notebooks"
+    folder = (results / "notebooks").resolve()  # papermill changes the working directory
     folder.mkdir(parents=True, exist_ok=True)
     partial, failed = folder / f"{name}.partial.ipynb", folder / f"{name}.failed.ipynb"
     logging.getLogger("papermill").setLevel(logging.WARNING)

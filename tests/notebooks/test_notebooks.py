@@ -58,6 +58,19 @@ def calls(path: Path, name: str) -> list[ast.Call]:
     ]
 
 
+def test_copies_go_to_the_folder_that_was_named(tmp_path, monkeypatch):
+    """Also where that is relative: papermill changes the working directory."""
+
+    def stop(source: str, target: str, **rest: object) -> None:
+        assert target == str(tmp_path / "own" / "notebooks" / "09_verdicts.partial.ipynb")
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("papermill.execute_notebook", stop)
+    with pytest.raises(KeyboardInterrupt):
+        execute("09_verdicts", Path("own"), "smoke")
+
+
 def test_there_is_a_notebook_for_every_artefact_and_an_index():
     names = {path.stem for path in FILES}
     assert set(available()) <= names
