@@ -499,6 +499,32 @@ def test_the_tutorial_names_options_that_exist():
     assert {"--defence", "--share", "--compare", "--dry-run", "--lora"} <= named <= known
 
 
+def test_the_example_is_what_its_report_says():
+    docs = project_root() / "docs"
+    data = json.loads((docs / "examples" / "protect_qwen2_5_coder.json").read_text())
+    text = (docs / "protect.md").read_text().partition("## An example")[2].partition("\n## ")[0]
+    told, by_arm = " ".join(text.split()), data["measured"]
+    arms = ("before", "after", "plain")
+    of = {name: [round(by_arm[arm][name]["value"]) for arm in arms] for name in measure.HARMFUL}
+    asked = sum(by_arm["before"][name]["n"] for name in measure.HARMFUL)
+    answered = [sum(pair) * asked // 200 for pair in zip(*of.values(), strict=True)]
+    assert (
+        "Of {} harmful requests the model answered {} before, {} after, and {}".format(
+            asked, *answered
+        )
+        in told
+    )
+    assert "({} before, {} after, {} plainly; per cent)".format(*of["AdvBench"]) in told
+    assert "({}, {}, {})".format(*of["HarmBench"]) in told
+    ratio = {d["of"]: d["value"] for d in data["differences"]
+             if (d["from"], d["metric"]) == ("before", "rows")}  # fmt: skip
+    assert f"times {ratio['after']:.2f}, plainly {ratio['plain']:.2f}" in told
+    saved = re.search(
+        r"saves \+([\d.]+) points \[\+([\d.]+), \+([\d.]+)\]", data["verdicts"][1]["text"]
+    )
+    assert "save {:.0f} points [{:.0f}, {:.0f}]".format(*map(float, saved.groups())) in told
+
+
 def test_no_hydra_and_no_notebooks_are_needed():
     code = """
 import sys
