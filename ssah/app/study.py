@@ -61,7 +61,8 @@ class Study:
     ):
         if in_notebook():
             show_progress()
-            pd.set_option("display.max_colwidth", None)  # claims are sentences
+            pd.set_option("display.max_colwidth", None)  # claims are sentences, and all are shown
+            pd.set_option("display.max_rows", None)
         require_one_process()
         self.overrides = [o for o in overrides if not o.startswith("runtime.")]
         self.only = tuple(only)

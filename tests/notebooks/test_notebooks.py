@@ -14,6 +14,7 @@ from helpers import copy_project, environment
 from ssah.app import notebooks
 from ssah.app.notebooks import PARAMETERS, available, execute
 from ssah.artefacts import ARTEFACTS
+from ssah.claims.table import claims
 from ssah.core.errors import SsahError
 from ssah.core.paths import project_root
 
@@ -69,6 +70,12 @@ def test_copies_go_to_the_folder_that_was_named(tmp_path, monkeypatch):
     monkeypatch.setattr("papermill.execute_notebook", stop)
     with pytest.raises(KeyboardInterrupt):
         execute("09_verdicts", Path("own"), "smoke")
+
+
+def test_the_published_index_shows_every_claim():
+    path = project_root() / "results" / "published" / "notebooks" / "00_index.ipynb"
+    (shown,) = [output for cell in code_cells(path) for output in cell.outputs]
+    assert shown["data"]["text/html"].count("<tr") == 1 + len(claims())
 
 
 def test_there_is_a_notebook_for_every_artefact_and_an_index():
