@@ -28,7 +28,7 @@ from .verdicts import FACTOR
 MODEL = "qwen2_5_coder"
 
 #: Prompts of each set that are asked, texts, and prompts of each kind that units are found on: few,
-#: so that it takes five minutes.
+#: so that it takes about six minutes once the model is there.
 ASKED, TEXTS, FOUND_ON = 20, 40, 40
 
 #: Tokens of the answers that units are found on.
