@@ -8,7 +8,10 @@ decline nothing.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
+from pathlib import Path
 
 #: A refusal is stated at the start; later hits are quotations and caveats.
 _OPENING_CHARACTERS = 300
@@ -208,3 +211,9 @@ def is_refusal(text: str) -> bool:
     rest = whole[found.end() :]
     goes_on = _GOES_ON.search(rest)
     return goes_on is None or _ELSE.search(rest[: goes_on.start() + 60]) is not None
+
+
+@functools.cache
+def identity() -> str:
+    """A hash of all that shapes :func:`is_refusal`: for the keys of what rests on refusals."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -148,6 +148,8 @@ def test_our_labels_hold_no_text_and_enough_of_each_half():
     assert list(frame.columns) == ["key", "model", "arm", "set", "half", "label", "again", "judged"]
     assert frame["key"].str.fullmatch(r"[0-9a-f]{16}").all()
     assert frame["key"].is_unique
+    # a model without labels of its own takes those of all others, so a misspelt one would go unseen
+    assert set(frame["model"]) <= {p.stem for p in (project_root() / "conf/model").glob("*.yaml")}
     assert set(frame["label"]) <= set(VERDICTS)
     assert set(frame["judged"]) <= set(VERDICTS)
     assert set(frame["again"]) <= {*VERDICTS, ""}

@@ -18,8 +18,9 @@ from torch import Tensor
 from ...core.errors import SsahError
 from ...core.store import Handle
 from ...data.rows import Row
-from ...evaluate import judges
-from ...evaluate.judges import Completion, attack_success
+from ...evaluate import judges, refusals
+from ...evaluate.judges import attack_success
+from ...evaluate.refusals import is_refusal
 from ...scoring.attribution import (
     ActivationStatistics,
     collect_statistics,
@@ -521,7 +522,8 @@ def safety_layers(lab: Lab) -> tuple[list[float], range]:
 @dataclass(frozen=True)
 class Refusals:
     """What a model refuses of the prompts that units are scored on, in its own words; prompts that
-    it is evaluated with are never among them. ``judge`` says by whose verdicts."""
+    it is evaluated with are never among them. ``judge`` is the identity of the phrases that tell
+    a refusal."""
 
     rows: tuple[Row, ...]
     answers: Handle
@@ -535,8 +537,7 @@ class Refusals:
         """
         pairs = _encoded(lab, self.rows, self.answers, self.config)
         said = self.answers.json("answers.json")
-        asked = [Completion(row.prompt, text) for row, text in zip(self.rows, said, strict=True)]
-        own = [p for p, declined in zip(pairs, judges.refused(asked), strict=True) if declined]
+        own = [pair for pair, text in zip(pairs, said, strict=True) if is_refusal(text)]
         if own or not lab.config.align.enabled:
             return own or _refuses_nothing(lab, len(pairs))
         logger.warning("The aligned model refuses nothing: refusals that it was taught stand in.")
@@ -546,7 +547,7 @@ class Refusals:
 def own_refusals(lab: Lab, model: Model) -> Refusals:
     """The refusals that a defence of a model can rest on."""
     rows, said = _own_answers(lab, "safety", model)
-    return Refusals(rows, said, lab.config.attribution, judges.identity())
+    return Refusals(rows, said, lab.config.attribution, refusals.identity())
 
 
 def _refuses_nothing(lab: Lab, asked: int) -> NoReturn:
