@@ -178,7 +178,7 @@ def combined(folders: Sequence[Path], results: Path) -> Study:
     asked."""
     made: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
-        for model, runs in json.loads((folder / SETTINGS).read_text(encoding="utf-8")).items():
+        for model, runs in _runs(folder).items():
             known = made.setdefault(model, [])
             known += [run for run in runs if run not in known]
     first = next(iter(made.values()))[0]
@@ -189,6 +189,20 @@ def combined(folders: Sequence[Path], results: Path) -> Study:
         for model, runs in made.items()
     }
     return study
+
+
+def _runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """By model, the runs that a results folder holds."""
+    try:
+        found: dict[str, list[dict[str, Any]]] = json.loads((folder / SETTINGS).read_text("utf-8"))
+        if all(isinstance(runs, list) for runs in found.values()):
+            return found
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise SsahError(
+        f"{folder / SETTINGS} does not say which runs made the results: it is missing, damaged, or "
+        "from an earlier version. Run the same command again; what is cached is not computed anew."
+    )
 
 
 def _without_seeds(overrides: Sequence[str]) -> list[str]:

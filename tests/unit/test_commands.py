@@ -235,6 +235,14 @@ def test_runs_of_other_settings_are_not_merged(smoke_study, tmp_path):
     assert not (tmp_path / "both").exists()
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"tiny": {"profile": "smoke", "overrides": []}}'])
+def test_settings_that_say_nothing_of_runs_are_one_sentence(smoke_study, tmp_path, text):
+    folder = shown(smoke_study(), tmp_path / "own")
+    (folder / "settings.json").write_text(text)
+    with pytest.raises(SsahError, match=r"settings\.json does not say which runs made the results"):
+        commands.merge([folder], tmp_path / "both")
+
+
 def test_published_results_are_shown_and_nothing_is_computed(smoke_study, tmp_path, monkeypatch):
     folder = shown(smoke_study(), tmp_path / "published")
     monkeypatch.setattr("ssah.app.study.results_root", lambda: tmp_path)

@@ -49,7 +49,7 @@ class Prompts:
     borderline: tuple[Row, ...]  #: harmless ones that look dangerous
     texts: tuple[Row, ...]  #: harmless, with answers
     taught: tuple[Row, ...]  #: harmful ones whose refusals may be learned
-    known_harm: tuple[str, ...]  #: all harmful prompts of the sets
+    known_harm: tuple[str, ...]  #: all harmful prompts of the sets, but for small talk
 
 
 def load_prompts(store: Store) -> Prompts:
@@ -65,7 +65,13 @@ def load_prompts(store: Store) -> Prompts:
         some("borderline"),
         some("heldout_text"),
         some("harmful_align"),
-        tuple(r.prompt for name in (*parts, "harmbench", "do_not_answer") for r in some(name)),
+        tuple(
+            row.prompt
+            for name in (*parts, "harmbench", "do_not_answer")
+            for row in some(name)
+            # Do-Not-Answer asks chatbots how they feel as well, which users' rows do too.
+            if not row.category.startswith("human_chatbox")
+        ),
     )
 
 
