@@ -40,7 +40,10 @@ help:
 env:
 	@test -x $(BIN)/ssah || $(MAKE) --no-print-directory setup
 
-# Python compiles what it imports; to compile all that is installed takes longer than the rest.
+# Packages are compiled when they are first imported, and once: to compile all that is installed would
+# take longer than the rest. Where no bytecode may be written, every process would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 setup:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11"; exit 1; }

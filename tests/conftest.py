@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,13 @@ def pytest_collection_finish() -> None:
     """Training collects garbage, which takes a second where thousands of tests are alive."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def smoke_home(tmp_path_factory, worker_id) -> Path:
+    """One cache for everything of the smoke profile, shared by all processes that test."""
+    base = tmp_path_factory.getbasetemp()
+    return (base if worker_id == "master" else base.parent) / "smoke_home"
 
 
 @pytest.fixture(scope="session")

@@ -150,15 +150,15 @@ def test_the_index_links_to_every_notebook_and_names_every_artefact():
         assert artefact in text
 
 
-def test_every_notebook_runs_as_it_is(tmp_path):
-    """On the smoke profile, from an empty cache, in a copy so that no results are touched."""
+def test_every_notebook_runs_as_it_is(tmp_path, smoke_home):
+    """On the smoke profile, in a copy so that no results are touched."""
     project = copy_project(tmp_path / "project")
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env"]
     command += ["-p", "no:cacheprovider", "--nbval-cell-timeout=600", "-q", "notebooks/"]
     done = subprocess.run(
         command,
         cwd=project,
-        env=environment(project, tmp_path / "home"),
+        env=environment(project, smoke_home),
         capture_output=True,
         text=True,
     )

@@ -67,12 +67,6 @@ def text_tokenizer(tiny_folder, request) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def smoke_home(tmp_path_factory) -> Path:
-    """One cache for everything of the smoke profile."""
-    return tmp_path_factory.mktemp("smoke_home")
-
-
-@pytest.fixture(scope="session")
 def smoke_lab(smoke_home) -> Callable[..., Lab]:
     """Opens a lab of the smoke profile as a new process would; all of them share one cache."""
 
