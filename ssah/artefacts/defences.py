@@ -59,7 +59,7 @@ def ask_table_defences(lab: Lab) -> list[Measure]:
             asked += _ask(lab, arm)
             asked.append(Measure(arm, "held-out gain", attack, whole, BEFORE))
         for arm in (frozen, *own):
-            asked.append(Measure(arm, "ASR", "", plain, ONE_EPOCH))
+            asked += [Measure(arm, m, "", plain, ONE_EPOCH) for m in ("ASR", "accuracy")]
             asked.append(Measure(arm, "held-out gain", attack, plain, ONE_EPOCH))
         for arm in own:
             asked.append(Measure(arm, "ASR", "", frozen, CU6))

@@ -19,8 +19,7 @@ from ...core.errors import SsahError
 from ...core.store import Handle
 from ...data.rows import Row
 from ...evaluate import judges, refusals
-from ...evaluate.judges import attack_success
-from ...evaluate.refusals import is_refusal
+from ...evaluate.judges import Completion, attack_success
 from ...scoring.attribution import (
     ActivationStatistics,
     collect_statistics,
@@ -522,8 +521,8 @@ def safety_layers(lab: Lab) -> tuple[list[float], range]:
 @dataclass(frozen=True)
 class Refusals:
     """What a model refuses of the prompts that units are scored on, in its own words; prompts that
-    it is evaluated with are never among them. ``judge`` is the identity of the phrases that tell
-    a refusal."""
+    it is evaluated with are never among them. ``judge`` is the identity of the phrases, which
+    decide alone what is refused."""
 
     rows: tuple[Row, ...]
     answers: Handle
@@ -537,7 +536,8 @@ class Refusals:
         """
         pairs = _encoded(lab, self.rows, self.answers, self.config)
         said = self.answers.json("answers.json")
-        own = [pair for pair, text in zip(pairs, said, strict=True) if is_refusal(text)]
+        asked = [Completion(row.prompt, text) for row, text in zip(self.rows, said, strict=True)]
+        own = [p for p, declined in zip(pairs, judges.refused(asked), strict=True) if declined]
         if own or not lab.config.align.enabled:
             return own or _refuses_nothing(lab, len(pairs))
         logger.warning("The aligned model refuses nothing: refusals that it was taught stand in.")
