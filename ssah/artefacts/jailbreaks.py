@@ -35,6 +35,7 @@ _PAPER_SETTINGS = ("full", "freeze_esu_cu6", "freeze_esu_cu_all")
 _PAPER_SETS = {"instructions": "alpaca", "dialogues": "dolly"}
 
 _PLAIN = "none"  #: the prompts as they are
+ASKED_PLAINLY = "asked plainly"
 
 
 # --- what is asked ---------------------------------------------------------------------------
@@ -80,10 +81,13 @@ def ask_table17(lab: Lab) -> list[Measure]:
 
 
 def ask_fig_depth(lab: Lab) -> list[Measure]:
-    """Prefillings of every length that the experiment names."""
+    """Prefillings of every length that the experiment names, and what each does to the aligned
+    model."""
     depths = [prefilled(k) for k in DEPTHS]
     named = [name for name in lab.config.experiment.jailbreaks if name in depths]
-    return _ask(lab, [MAIN_ATTACK], named)
+    asked, whole = _ask(lab, [MAIN_ATTACK], named), catalogue.whole(lab)
+    plain = jailbroken(lab)
+    return asked + [Measure(whole, "ASR", on, whole, ASKED_PLAINLY, plain) for on in named if asked]
 
 
 # --- what is shown ---------------------------------------------------------------------------

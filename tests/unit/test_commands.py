@@ -30,8 +30,9 @@ def table(value: float, seed: int = 0, commits: str = "") -> pd.DataFrame:
 # --- plans and jobs --------------------------------------------------------------------------
 
 
-def test_a_plan_names_every_job_and_loads_nothing(smoke_study, monkeypatch, capsys):
-    study = smoke_study("seed=40", "n_seeds=2")
+def test_a_plan_names_every_job_and_loads_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SSAH_HOME", str(tmp_path))
+    study = Study("smoke", ["seed=40", "n_seeds=2"])
     monkeypatch.setattr(lab_module, "load_model", lambda *_: pytest.fail("a model was loaded"))
     commands.plan(study)
     printed = capsys.readouterr().out
