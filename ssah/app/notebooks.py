@@ -27,9 +27,11 @@ def execute_all(
     """Run several notebooks, as many at a time as there are cores; the first failure is raised when
     those that run have ended."""
 
+    folder = results.resolve()  # papermill changes the directory of the process, for all threads
+
     def run(name: str) -> None:
         print(f"Executing {name} ...", file=sys.stderr)
-        execute(name, results, profile, overrides)
+        execute(name, folder, profile, overrides)
 
     # Kernels that share the cores: threads of each would wait for those of the others.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

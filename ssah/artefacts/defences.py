@@ -215,8 +215,8 @@ def _note(config: Config) -> str:
         "was chosen. Against none: points of ASR, same prompts, paired 95 % interval; below "
         "zero is safer. Borderline refused: of harmless prompts that look dangerous. Accuracy: "
         "mean of trivia and arithmetic, %; arithmetic is read off the first 16 tokens, so that a "
-        "model that repeats the question scores lower. What a step of each costs in time and memory: `ssah "
-        "bench`." + left_out
+        "model that repeats the question scores lower. What a step of each costs in time and "
+        "memory: `ssah bench`." + left_out
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import copy_project, environment
 from ssah.app import notebooks
-from ssah.app.notebooks import PARAMETERS, available, execute
+from ssah.app.notebooks import PARAMETERS, available, execute, execute_all
 from ssah.artefacts import ARTEFACTS
 from ssah.claims.table import claims
 from ssah.core.errors import SsahError
@@ -168,6 +168,22 @@ def test_every_notebook_runs_as_it_is(tmp_path, smoke_home):
 
 
 # --- the runner ------------------------------------------------------------------------------
+
+
+def test_where_the_copies_go_is_settled_before_any_notebook_runs(tmp_path, monkeypatch):
+    """Two run side by side, and papermill changes the working directory of both."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    seen = []
+
+    def run(name, results, *_):
+        seen.append(results)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.setattr("ssah.app.notebooks.execute", run)
+    execute_all(["a", "b", "c"], Path("results"), "smoke", [])
+    assert seen == [tmp_path / "results"] * 3
+
 
 PARAMETERS_CELL = 'profile = "smoke"\noverrides = []\nonly = []'
 
