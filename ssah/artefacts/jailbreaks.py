@@ -85,9 +85,11 @@ def ask_fig_depth(lab: Lab) -> list[Measure]:
     model."""
     depths = [prefilled(k) for k in DEPTHS]
     named = [name for name in lab.config.experiment.jailbreaks if name in depths]
-    asked, whole = _ask(lab, [MAIN_ATTACK], named), catalogue.whole(lab)
-    plain = jailbroken(lab)
-    return asked + [Measure(whole, "ASR", on, whole, ASKED_PLAINLY, plain) for on in named if asked]
+    asked = _ask(lab, [MAIN_ATTACK], named)
+    if not asked:
+        return []
+    whole, plain = catalogue.whole(lab), jailbroken(lab)
+    return asked + [Measure(whole, "ASR", on, whole, ASKED_PLAINLY, plain) for on in named]
 
 
 # --- what is shown ---------------------------------------------------------------------------

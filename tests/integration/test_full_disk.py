@@ -31,7 +31,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("kibibytes", [400, 1400])
+@pytest.mark.parametrize("kibibytes", [400, 900, 1400])
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(small_disk, tmp_path, kibibytes):
     ssah = CommandLine(copy_project(tmp_path / "project"), small_disk(kibibytes))
     full = ssah("table1", "profile=smoke")

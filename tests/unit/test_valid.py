@@ -74,7 +74,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([k for k in known_keys() if k != "runtime.threads"]), VALUES)
 @example("experiment.frozen", "null")
 @example("experiment.frozen.instructions", "null")
