@@ -214,9 +214,8 @@ def _note(config: Config) -> str:
         "none does, the largest gain. Arithmetic had no part in that choice, so that it tests what "
         "was chosen. Against none: points of ASR, same prompts, paired 95 % interval; below "
         "zero is safer. Borderline refused: of harmless prompts that look dangerous. Accuracy: "
-        "mean of trivia and arithmetic, %; arithmetic is read off the first 16 tokens, so that a "
-        "model that repeats the question scores lower. What a step of each costs in time and "
-        "memory: `ssah bench`." + left_out
+        "mean of trivia and arithmetic, %. What a step of each costs in time and memory: "
+        "`ssah bench`." + left_out
     )
 
 

@@ -29,6 +29,7 @@ def complete(
     batch_size: int,
     sample_seed: int | None = None,
     special_tokens: bool = False,
+    until: str = "",
 ) -> list[str]:
     """Continuation of each rendered prompt as text, by :func:`continuations`.
 
@@ -36,7 +37,7 @@ def complete(
     (:func:`ssah.text.chat.encode`).
     """
     ids = [encode(tokenizer, text, special_tokens=special_tokens) for text in texts]
-    answers = continuations(model, tokenizer, ids, max_new_tokens, batch_size, sample_seed)
+    answers = continuations(model, tokenizer, ids, max_new_tokens, batch_size, sample_seed, until)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
@@ -48,23 +49,25 @@ def continuations(
     max_new_tokens: int,
     batch_size: int,
     sample_seed: int | None = None,
+    until: str = "",
 ) -> list[list[int]]:
     """Token ids that follow each prompt's, in the order given, without the end-of-turn token:
     greedy, or sampled from the model's whole distribution (temperature 1) with ``sample_seed``.
 
     Prompts are padded on the left and batched by length, so that equal prompts get equal batches in
     every arm that is compared. An answer stops at any token that ends a turn
-    (:func:`ssah.text.chat.end_tokens`), or at a marker that does
-    (:func:`ssah.text.chat.end_marker`). What else the model's own generation settings say, such as
-    a penalty for repetition, has no part in it.
+    (:func:`ssah.text.chat.end_tokens`), at a marker that does (:func:`ssah.text.chat.end_marker`),
+    or before the text ``until``, if there is one. What else the model's own generation settings
+    say, such as a penalty for repetition, has no part in it.
     """
-    ends, marker = end_tokens(model, tokenizer), end_marker(tokenizer)
+    ends = end_tokens(model, tokenizer)
+    markers = [marker for marker in (end_marker(tokenizer), until) if marker]
 
     def text_of(answer: list[int]) -> str:
         return cast(str, tokenizer.decode(answer))
 
     def over(answer: list[int]) -> bool:
-        return bool(marker) and marker in text_of(answer[-len(marker) :])
+        return any(marker in text_of(answer[-len(marker) :]) for marker in markers)
 
     answers: list[list[int]] = [[]] * len(ids)
     if sample_seed is not None:
@@ -76,7 +79,10 @@ def continuations(
         found = _continue(model, prompts, max_new_tokens, ends, over, sampled=sampled)
         for i, answer in zip(chosen, found, strict=True):
             if over(answer):  # the marker's first piece may hold the last one of the answer
-                answer = encode(tokenizer, text_of(answer).partition(marker)[0])
+                text = text_of(answer)
+                for marker in markers:
+                    text = text.partition(marker)[0]
+                answer = encode(tokenizer, text)
             answers[i] = answer
     return answers
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+#: What ends the part of an answer that is scored.
+PARAGRAPH_END = "\n\n"
+
+
 def question_text(row: Row) -> str:
     """Prompt of a multiple-choice or arithmetic item; the lm-eval task files use the same."""
     return f"Question: {row.prompt}\nAnswer:"
@@ -49,7 +53,7 @@ def multiple_choice(
 
 def last_number(text: str) -> str | None:
     """The last integer in a text (of its first paragraph), as digits."""
-    found = re.findall(r"-?\d+", text.split("\n\n")[0].replace(",", ""))
+    found = re.findall(r"-?\d+", text.partition(PARAGRAPH_END)[0].replace(",", ""))
     return found[-1] if found else None
 
 
@@ -58,11 +62,20 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch_size: int,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 64,
 ) -> list[bool]:
-    """Per arithmetic item: is the last number of a greedy answer the right one?"""
+    """Per arithmetic item: is the last number of a greedy answer (of its first paragraph) the right
+    one? Chat models often repeat the question first, so there has to be room for both."""
     texts = [question_text(row) for row in rows]
-    answers = complete(model, tokenizer, texts, max_new_tokens, batch_size, special_tokens=True)
+    answers = complete(
+        model,
+        tokenizer,
+        texts,
+        max_new_tokens,
+        batch_size,
+        special_tokens=True,
+        until=PARAGRAPH_END,
+    )
     return [last_number(a) == r.choices[0] for a, r in zip(answers, rows, strict=True)]
 
 

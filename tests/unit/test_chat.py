@@ -142,6 +142,21 @@ def test_generation_stops_a_row_at_the_marker(tokenizer, answering_model, monkey
     assert other == second
 
 
+@pytest.mark.parametrize("marker", ["", "<|im_end|>"])
+def test_a_completion_ends_before_a_text(tokenizer, answering_model, monkeypatch, marker):
+    """Alone or beside the marker; the other row goes on."""
+    prompts = [[5, 6, 7], [8, 9]]
+    monkeypatch.setattr(answering_model, "generation_config", GenerationConfig())
+    monkeypatch.setattr(generate, "end_marker", lambda _: marker)
+    first, second = continuations(answering_model, tokenizer, prompts, 12, 2)
+    text = tokenizer.decode(first[4:6])
+    assert text not in tokenizer.decode(first[:5])
+    assert text not in tokenizer.decode(second)
+    cut, other = continuations(answering_model, tokenizer, prompts, 12, 2, until=text)
+    assert cut == first[:4]
+    assert other == second
+
+
 def test_a_completion_ends_at_any_end(tokenizer, answering_model, monkeypatch):
     """The template's, the tokenizer's, or one that only the model's settings name."""
     prompt = [5, 6, 7]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ssah.data.rows import Row
+from ssah.evaluate import tasks
 from ssah.evaluate.likelihood import choice_losses, continuation_losses
 from ssah.evaluate.tasks import (
     exact_match,
@@ -124,6 +125,21 @@ def test_exact_match_equals_item_by_item(answering_model, text_tokenizer):
             exact_match(answering_model, text_tokenizer, rows, batch_size, max_new_tokens=12)
             == expected
         )
+
+
+def test_an_answer_may_repeat_the_question(text_tokenizer, monkeypatch):
+    """The number comes after sixteen tokens and more; a second paragraph is not read."""
+    question = "Pete had 27 tickets and gave away 17. How many tickets are left?"
+    said = f" {question} There were 27, and 27 - 17 = 10 tickets are left.\n\nSo 3 + 4 = 7"
+    asked = {}
+
+    def told(model, tokenizer, texts, max_new_tokens, batch_size, *, special_tokens, until):
+        asked.update(texts=texts, room=max_new_tokens, until=until)
+        return [said]
+
+    monkeypatch.setattr(tasks, "complete", told)
+    assert exact_match(None, text_tokenizer, [row(0, question, ("10",), "10")], 1) == [True]
+    assert asked == {"texts": [f"Question: {question}\nAnswer:"], "room": 64, "until": "\n\n"}
 
 
 @pytest.mark.parametrize(

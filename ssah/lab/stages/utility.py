@@ -75,7 +75,7 @@ def _trivia(lab: Lab, folder: Path, model: Model, rows: tuple[Row, ...], batch_s
     (folder / "right.json").write_text(json.dumps(right))
 
 
-@stage("arithmetic", version=2)
+@stage("arithmetic", version=3)
 def _arithmetic(
     lab: Lab, folder: Path, model: Model, rows: tuple[Row, ...], batch_size: int
 ) -> None:
