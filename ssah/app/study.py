@@ -64,14 +64,17 @@ class Study:
             pd.set_option("display.max_colwidth", None)  # claims are sentences, and all are shown
             pd.set_option("display.max_rows", None)
         require_one_process()
-        self.overrides = [o for o in overrides if not o.startswith("runtime.")]
         self.only = tuple(only)
         self.store = Store(home() / "runs")
         self.profile = profile
+        #: Of what is computed; how it is run is left out, but for the precision.
+        self.overrides = [o for o in overrides if not o.startswith("runtime.")]
         if profile == PUBLISHED:
             self._open_published()
             return
         self.config: Config = compose(profile, list(overrides))
+        if self.labs[0].precision != "float32":
+            self.overrides.append(f"runtime.precision={self.labs[0].precision}")
         name = self.config.model.name
         #: By model: what it is measured with, and the runs that asked for it.
         self.configs = {name: self.config}

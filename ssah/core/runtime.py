@@ -11,7 +11,9 @@ import platform
 import random
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -69,6 +71,42 @@ def pick_device(wanted: str) -> torch.device:
         raise SsahError(
             f"runtime.device={wanted} is no device: choose auto, cpu or cuda."
         ) from error
+
+
+#: What factors of matrix products are rounded to; everything else is float32 always.
+Precision = Literal["float32", "bfloat16"]
+
+
+def pick_precision(wanted: str, device: torch.device) -> Precision:
+    """``auto`` is bfloat16 where the device multiplies faster in it; asking for it where it does
+    not is an error. A fact of the hardware decides and not a measurement, since it is part of what
+    results are cached under."""
+    if device.type == "cuda":
+        able, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        # Of an old PyTorch, which lacks the question, and of other processors nothing is known.
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        able, what = bool(known.get("avx512_bf16") or known.get("amx_bf16")), "this processor"
+    if wanted == "bfloat16" and not able:
+        raise SsahError(
+            f"runtime.precision=bfloat16 but {what} has no instructions for it: choose float32, "
+            "or auto, which is bfloat16 where it helps."
+        )
+    if wanted == "auto":
+        return "bfloat16" if able else "float32"
+    return cast(Precision, wanted)
+
+
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Inside the block factors of matrix products are rounded to this precision; sums and results
+    are float32. On a GPU PyTorch takes TF32, which rounds less, for bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def require_one_process() -> None:

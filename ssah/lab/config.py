@@ -169,6 +169,8 @@ class RuntimeConfig:
     """How to run; nothing here changes what is computed beyond rounding."""
 
     device: str = "auto"
+    #: Of matrix products; auto is bfloat16 where the hardware has it. Part of every key.
+    precision: str = one_of("float32", "float32", "bfloat16", "auto")
     threads: int | None = within(None, 1, 1024)
     #: Jobs side by side; null: what memory and cores allow.
     processes: int | None = within(None, 1, 1024)

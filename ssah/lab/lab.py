@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors.torch import load_file
 
 from ..core.errors import SsahError
-from ..core.runtime import pick_device
+from ..core.runtime import pick_device, pick_precision
 from ..core.store import Handle, Store, digest
 from ..data.rows import Row, read_set
 from ..data.sets import build_sets, set_names
@@ -44,6 +44,7 @@ class Lab:
     def __init__(self, config: Config, store: Store, seed: int):
         self.config, self.store, self.seed = config, store, seed
         self.device = pick_device(config.runtime.device)
+        self.precision = pick_precision(config.runtime.precision, self.device)
         self._loaded: OrderedDict[str, PreTrainedModel] = OrderedDict()
         # By id, since a mask has no hash; the models are kept so that no id is given twice.
         self._trainings: dict[int, tuple[Model, Handle]] = {}
@@ -120,6 +121,8 @@ class Lab:
             "attention": model.attn_implementation,
             "template": model.chat_template,
         }
+        if self.precision != "float32":
+            shaped["precision"] = self.precision
         # How prompts are rendered and where answers end; of the embedded models and the tiny one it
         # never changed what comes out.
         return shaped if model.source in ("embedded", "tiny") else {**shaped, "protocol": 3}

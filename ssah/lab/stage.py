@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
+from ..core.runtime import products_in
 from ..core.store import Handle
 from ..data.rows import Row
 from ..units.mask import UnitMask
@@ -44,12 +45,17 @@ def stage(
             given = dict(list(bound.arguments.items())[2:])
             label = given.pop("label", "")
             key = {name: identity(lab, value) for name, value in given.items()}
+
+            def run(folder: Path) -> None:
+                with products_in(lab.precision):
+                    build(lab, folder, *args, **kwargs)
+
             return Handle(
                 lab.store,
                 f"{name}_{label}" if label else name,
                 lab.config.model.name,
                 {"version": version, **lab.settings, **key},
-                lambda folder: build(lab, folder, *args, **kwargs),
+                run,
                 tuple(key for value in given.values() for key in inputs(lab, value)),
                 resumable,
             )

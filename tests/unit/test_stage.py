@@ -38,6 +38,7 @@ def lab(tmp_path) -> Lab:
         SimpleNamespace(
             store=Store(tmp_path / "runs"),
             settings={"dtype": "float32"},
+            precision="float32",
             config=SimpleNamespace(model=SimpleNamespace(name="model")),
             identity=lambda model: "given" if model == GIVEN else "made",
             runs_of=lambda model: iter(() if model == GIVEN else ("the training's key",)),
