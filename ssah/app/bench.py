@@ -30,6 +30,7 @@ from ..scoring.attribution import collect_statistics
 from ..scoring.selectors import magnitude, matched_by, random_rank, sized
 from ..text.batches import dialogue_batches
 from ..text.chat import encode_dialogue
+from ..text.forward import read
 from ..training.defences import DEFENCES, Defence
 from ..training.defences.base import Step
 from ..training.lora import adapters, rank_for
@@ -66,8 +67,8 @@ def bench(profile: str, overrides: Sequence[str]) -> Path:
     return table.with_suffix(".md")
 
 
-def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) -> str:
-    """Median ratio of attribution to plain forward time over alternating repetitions.
+def attribution(profile: str, overrides: Sequence[str]) -> str:
+    """Median ratio of attribution to plain forward time over seven alternating repetitions.
 
     Both run the same batches without the language-model head; the statistics' memory depends on
     the model's width alone.
@@ -81,18 +82,14 @@ def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) ->
     def plain() -> None:
         with torch.inference_mode():
             for b in batches:
-                model.base_model(
-                    input_ids=b.input_ids.to(model.device),
-                    attention_mask=b.attention_mask.to(model.device),
-                    use_cache=False,
-                )
+                read(model, b)
 
     def attributed() -> None:
         collect_statistics(model, layout, batches)
 
     times: dict[str, list[float]] = {"plain": [], "attribution": []}
     plain()
-    for _ in range(repetitions):
+    for _ in range(7):
         for name, work in (("plain", plain), ("attribution", attributed)):
             start = time.perf_counter()
             work()
@@ -102,7 +99,7 @@ def attribution(profile: str, overrides: Sequence[str], repetitions: int = 7) ->
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     return (
         f"Attribution / forward passes: median {statistics.median(ratios):.3f} "
-        f"(min {min(ratios):.3f}, max {max(ratios):.3f}; {repetitions} pairs, {tokens} tokens, "
+        f"(min {min(ratios):.3f}, max {max(ratios):.3f}; {len(ratios)} pairs, {tokens} tokens, "
         f"forward {statistics.median(times['plain']):.2f} s). Its statistics: {channels} channels "
         f"x 2 float64 = {channels * 16 / 2**20:.2f} MiB, whatever the number of samples."
     )

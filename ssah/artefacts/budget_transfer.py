@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ..core.paths import reference_csv
 from ..lab import catalogue
 from ..lab.catalogue import ALL_UNITS
 from ..lab.config import Config
@@ -17,7 +16,7 @@ from . import Output
 from .alignment import no_pair
 from .draw import new_figure, styled
 from .draw.flows import draw_flow, draw_matrix
-from .pick import rows_of
+from .pick import paper_matrix, rows_of
 
 #: Groups of an unaligned model: what it uses, and what it does not.
 BEFORE = ("UU", "RU")
@@ -54,15 +53,8 @@ def _panels(table: pd.DataFrame, config: Config, scope: str, printed: str) -> di
             return rows_of(table, f"{a}->{b}", at="quantiles", **columns)["value"].mean()
 
         found[title] = np.array([[mean(a, b) for b in GROUPS] for a in BEFORE])
-    return found | {"paper: Llama-2-7B-Chat": _paper_matrix(printed)}
-
-
-def _paper_matrix(scope: str) -> np.ndarray:
-    paper = pd.read_csv(reference_csv())
-    artefact = "fig9" if scope == "global" else "fig10"
-    paper = paper[(paper["artefact"] == artefact) & (paper["benchmark"] == scope)]
-    values = paper.set_index("setting")["value"]
-    return np.array([[values[f"{a}->{b}"] for b in GROUPS] for a in BEFORE])
+    artefact = "fig9" if printed == "global" else "fig10"
+    return found | {"paper: Llama-2-7B-Chat": paper_matrix(artefact, printed, BEFORE)}
 
 
 def fig6(table: pd.DataFrame, config: Config) -> Output:

@@ -19,7 +19,7 @@ from ..lab.stages.lessons import MAIN_ATTACK, STYLE_LESSON, available_attacks
 from ..lab.units_of import ALL_CU, CU6
 from . import Output
 from .draw import COLOURS, new_figure, styled, written_figure
-from .freezing import ONE_EPOCH, name_of
+from .freezing import ONE_EPOCH, PAPER_SETS, name_of
 from .pick import arms_of, estimate, filled, format_estimate, paper, rows_of
 
 #: What is fine-tuned on in each table; arithmetic stands beside dialogues, after which a model
@@ -32,7 +32,6 @@ _ARMS = [(NOTHING, ""), (CU6, ""), (ALL_CU, ""), ("random", CU6)]
 #: What the paper attacks with, and what stands for it here.
 _PAPER_JAILBREAKS = {"gcg": GCG, "autodan": "AutoDAN", "pair": "PAIR"}
 _PAPER_SETTINGS = ("full", "freeze_esu_cu6", "freeze_esu_cu_all")
-_PAPER_SETS = {"instructions": "alpaca", "dialogues": "dolly"}
 
 _PLAIN = "none"  #: the prompts as they are
 ASKED_PLAINLY = "asked plainly"
@@ -161,7 +160,7 @@ def _row(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> di
 def _printed(artefact: str, attack: str) -> dict[str, str]:
     """Jailbreak -> the paper's numbers of one attack: initial, and the three arms."""
     found = paper(artefact)
-    settings = ["initial", *(f"{_PAPER_SETS.get(attack)}:{name}" for name in _PAPER_SETTINGS)]
+    settings = ["initial", *(f"{PAPER_SETS[attack]}:{name}" for name in _PAPER_SETTINGS)]
     if (settings[-1], "gcg") not in found:
         return {}
     return {

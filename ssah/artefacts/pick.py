@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..core.paths import reference_csv
@@ -13,6 +16,7 @@ from ..lab.arms import Arm
 from ..lab.config import Config
 from ..lab.metrics.behaviour import is_share
 from ..lab.table import matching
+from ..units.roles import GROUPS
 from . import Output
 
 #: What columns say of an arm where nothing is said about them.
@@ -30,14 +34,23 @@ def rows_of(table: pd.DataFrame, metric: str, **columns: Any) -> pd.DataFrame:
     return matching(table, metric=metric, **wanted)
 
 
+_BOUNDS = ("value", "low", "high")
+
+
 def pooled(rows: pd.DataFrame) -> Estimate | None:
     """Mean value and interval over seeds, and over draws within a seed; None without rows.
 
-    Something that is counted has no interval: it gets the range.
+    Something that is counted has no interval: it gets the range. Perplexities (and their ratios)
+    are averaged as what they are exponentials of, nats per token.
     """
     if rows.empty:
         return None
-    own = rows[["value", "low", "high", "n"]].astype(float).to_numpy()
+    if (rows["metric"] == "perplexity").all():
+        nats = rows.assign(metric="nats", **{name: np.log(rows[name]) for name in _BOUNDS})
+        mean = pooled(nats)
+        assert mean is not None
+        return Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.n)
+    own = rows[[*_BOUNDS, "n"]].astype(float).to_numpy()
     if (own[:, 1] == own[:, 2]).all():
         values = own[:, 0]
         return Estimate(values.mean(), values.min(), values.max(), int(own[0, 3]))
@@ -111,6 +124,14 @@ def paper(artefact: str, model: str = LLAMA) -> dict[tuple[str, str], float]:
     of_model = found["model"].str.split(" -> ").str[0] == model
     found = found[(found["artefact"] == artefact) & of_model]
     return found.groupby(["setting", "metric"])["value"].mean().to_dict()
+
+
+def paper_matrix(artefact: str, scope: str, before: Sequence[str] = GROUPS) -> np.ndarray:
+    """Per cent that were in each group before and in each now, ``[before, groups]``, as printed."""
+    found = pd.read_csv(reference_csv())
+    found = found[(found["artefact"] == artefact) & (found["benchmark"] == scope)]
+    values = found.set_index("setting")["value"]
+    return np.array([[values[f"{a}->{b}"] for b in GROUPS] for a in before])
 
 
 def paper_rows(

@@ -142,7 +142,7 @@ def _note(table: pd.DataFrame, config: Config, printed: str) -> str:
         f"for {printed}). docs/judging.md says how both judges agree with labels. "
         f"Perplexity: held-out answers given their prompts, not WikiText. Utility: {utility}. "
         "Values are followed by 95 % intervals (Wilson; bootstrap for perplexity); with several "
-        "seeds they cover prompts and seeds. Random and magnitude controls have as many heads and "
+        "seeds they cover prompts and seeds (perplexity is averaged in nats). Random and magnitude controls have as many heads and "
         "as many neurons, hence as many weights, as the group that they are named after. *mean*: "
         "what the units say on average is put in their place; *resampled*: at each token, what "
         "they said at a random token of an answer to a harmless prompt; *fitted*: the constant "

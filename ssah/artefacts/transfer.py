@@ -21,7 +21,7 @@ from ..units.roles import GROUPS
 from . import Output
 from .draw import COLOURS, new_figure, styled
 from .draw.flows import draw_flow, draw_matrix
-from .pick import rows_of
+from .pick import paper_matrix, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,13 +105,6 @@ def _matrix(table: pd.DataFrame, panel: str, scope: str) -> np.ndarray:
     )
 
 
-def _paper_matrix(artefact: str, scope: str) -> np.ndarray:
-    paper = pd.read_csv(reference_csv())
-    paper = paper[(paper["artefact"] == artefact) & (paper["benchmark"] == scope)]
-    values = paper.set_index("setting")["value"]
-    return np.array([[values[f"{a}->{b}"] for b in GROUPS] for a in GROUPS])
-
-
 # --- figures ---------------------------------------------------------------------------------
 
 
@@ -123,7 +116,7 @@ def fig5(table: pd.DataFrame, config: Config) -> Output:
         "are per cent of all units, means over seeds."
     )
     panels = {name: _matrix(table, name, "all units") for name in _COLUMNS}
-    panels[PAPER] = _paper_matrix("fig11", "global")
+    panels[PAPER] = paper_matrix("fig11", "global")
     with styled():
         output.figure = new_figure(10, 5.4)
         grid = output.figure.subplots(2, 3).flat
@@ -155,7 +148,7 @@ def _heat_maps(table: pd.DataFrame, artefact: str, scopes: dict[str, str]) -> Ou
         for row, (scope, printed) in zip(grid, scopes.items(), strict=True):
             for axes, name in zip(row, shown, strict=False):
                 draw_matrix(axes, _matrix(table, name, scope), f"{name}\n{scope}")
-            draw_matrix(row[-1], _paper_matrix(artefact, printed), f"{PAPER}\n{scope}")
+            draw_matrix(row[-1], paper_matrix(artefact, printed), f"{PAPER}\n{scope}")
     return output
 
 

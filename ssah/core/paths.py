@@ -27,14 +27,17 @@ def conf_dir() -> Path:
 
 def reference_csv() -> Path:
     """Every number that the paper prints."""
-    packaged = RESOURCES / "paper.csv"
-    return packaged if packaged.exists() else results_root() / "reference" / "paper.csv"
+    return _reference("paper.csv")
 
 
 def labels_csv() -> Path:
     """Verdicts by a rater on completions, by hash."""
-    packaged = RESOURCES / "labels.csv"
-    return packaged if packaged.exists() else results_root() / "reference" / "labels.csv"
+    return _reference("labels.csv")
+
+
+def _reference(name: str) -> Path:
+    packaged = RESOURCES / name
+    return packaged if packaged.exists() else results_root() / "reference" / name
 
 
 def results_root() -> Path:

@@ -27,17 +27,17 @@ def complete(
     texts: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
-    sample_seed: int | None = None,
+    *,
     special_tokens: bool = False,
     until: str = "",
 ) -> list[str]:
-    """Continuation of each rendered prompt as text, by :func:`continuations`.
+    """Greedy continuation of each rendered prompt as text, by :func:`continuations`.
 
     Texts that went through no chat template need ``special_tokens``
     (:func:`ssah.text.chat.encode`).
     """
     ids = [encode(tokenizer, text, special_tokens=special_tokens) for text in texts]
-    answers = continuations(model, tokenizer, ids, max_new_tokens, batch_size, sample_seed, until)
+    answers = continuations(model, tokenizer, ids, max_new_tokens, batch_size, until=until)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 

@@ -219,7 +219,6 @@ def fine_tuned(
     like: str = "",
     draw: int | None = None,
     setting: str = "",
-    base: Callable[[], Model] | None = None,
     epochs: int | None = None,
     rate: float = 1.0,
     **changes: Any,
@@ -233,10 +232,9 @@ def fine_tuned(
     @functools.cache
     def trained() -> Model:
         part = Part(freeze=mask()) if mask is not None else EVERYTHING
-        start = base() if base is not None else lab.aligned
         if rate != 1:
             changes["learning_rate"] = rate * attack_rate(lab)
-        return start.trained(attack, part, **changes)
+        return lab.aligned.trained(attack, part, **changes)
 
     return [
         Arm(

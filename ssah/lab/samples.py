@@ -38,6 +38,13 @@ class Sample(Protocol):
         ...
 
 
+class Alone:
+    """A sample that is shown and never compared."""
+
+    def against(self, other: Self) -> Found:
+        raise NotImplementedError(f"{type(self).__name__} of two models are not compared.")
+
+
 @dataclass(frozen=True)
 class Rates:
     """True or false by item; per cent, and differences in points (McNemar's test)."""
@@ -137,7 +144,7 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Alone):
     """Numbers that are counted, not estimated, by name."""
 
     numbers: Mapping[str, tuple[float, int]]  #: name -> value, and what it was counted among
@@ -145,6 +152,3 @@ class Counted:
     def rows(self) -> Found:
         for name, (value, n) in self.numbers.items():
             yield {"metric": name}, Estimate(value, value, value, n), None
-
-    def against(self, other: Counted) -> Found:
-        raise NotImplementedError("What is counted is not compared.")

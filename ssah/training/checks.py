@@ -12,18 +12,6 @@ from ..units.mask import UnitMask
 from ..units.positions import owned
 
 
-def require_kept(
-    layout: UnitLayout,
-    trained: UnitMask,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-) -> None:
-    """Raise :class:`RuntimeError` where a weight outside the trained units changed a bit."""
-    changed = changed_outside(layout, trained, before, after)
-    if changed:
-        raise RuntimeError(f"{changed} frozen weights changed: the training cannot be trusted.")
-
-
 def changed_outside(
     layout: UnitLayout,
     trained: UnitMask,

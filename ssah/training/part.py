@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
-from .checks import require_kept
+from .checks import changed_outside
 from .lora import adapters
 from .slicing import freeze_units, train_only
 
@@ -48,10 +48,15 @@ class Part:
     def require_kept(
         self, model: PreTrainedModel, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
     ) -> None:
-        """Raise :class:`RuntimeError` where only some units train and another weight changed."""
+        """Raise :class:`RuntimeError` where only some units train and a weight outside of them
+        changed a bit."""
         if self.train is not None:
             layout = UnitLayout.of(model, self.train.unit_kind)
-            require_kept(layout, self.train, before, after)
+            changed = changed_outside(layout, self.train, before, after)
+            if changed:
+                raise RuntimeError(
+                    f"{changed} frozen weights changed: the training cannot be trusted."
+                )
 
 
 #: The whole model trains.

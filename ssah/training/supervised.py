@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -122,14 +123,20 @@ def supervised_finetune(
 
     On ``anchors`` the model is held to the distribution of ``reference`` instead. The rate falls
     linearly unless it is constant. A checkpoint is written after each epoch but the last, after a
-    call of ``on_epoch(epochs done)``, or every ``save_steps``, and removed at the end. Embeddings
-    (and a tied language-model head) train only with ``config.train_embeddings``. Units stay frozen
-    inside :func:`ssah.training.slicing.freeze_units`. Of a ``defence`` only what it does from the
-    first step on happens here (:func:`ssah.training.defended.defended_finetune` does all).
+    call of ``on_epoch(epochs done)``, which sees the weights that would come out there, or every
+    ``save_steps``, and removed at the end. Embeddings (and a tied language-model head) train only
+    with ``config.train_embeddings``. Units stay frozen inside
+    :func:`ssah.training.slicing.freeze_units`, whatever a ``defence`` does, which chooses its
+    settings, rows and anchors itself.
     """
     reuse_memory()
     seed_everything(seed)
-    defence = defence or Defence()
+    if defence is None:
+        defence = Defence()
+    else:
+        config, reference = defence.settings(config), defence.reference
+        dialogues, anchors = defence.lesson(dialogues, random.Random(seed))
+        anchor_weight = defence.anchor_weight
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not config.train_embeddings:
             embedding.requires_grad_(False)

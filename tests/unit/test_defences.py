@@ -26,10 +26,9 @@ from ssah.core.paths import conf_dir
 from ssah.training import defences, supervised
 from ssah.training.defences import DEFENCES, Defence
 from ssah.training.defences.base import Step, trained
-from ssah.training.defended import defended_finetune
 from ssah.training.loss import collate, mean_loss, summed_loss
 from ssah.training.slicing import freeze_units
-from ssah.training.supervised import ResponseTrainer
+from ssah.training.supervised import ResponseTrainer, supervised_finetune
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
@@ -309,8 +308,8 @@ def run(families):
         defence = DEFENCES[name](0.5, REFUSALS, reference, unaligned)
         config = small_training(weight_decay=0.1)
         with nullcontext() if mask is None else freeze_units(model, mask):
-            defended_finetune(
-                model, PAIRS, config, 5, folder, defence,
+            supervised_finetune(
+                model, PAIRS, config, 5, folder, constant_rate=True, defence=defence,
                 on_epoch=lambda done: seen.update({done: weights(model)}),
             )  # fmt: skip
         return model, seen
@@ -387,5 +386,6 @@ def test_a_defended_run_goes_on_where_it_was_interrupted(
 def test_a_defence_changes_what_comes_out(families, tmp_path, run, name):
     model, _ = run(name, tmp_path / "defended")
     plain = families("llama")
-    defended_finetune(plain, PAIRS, small_training(weight_decay=0.1), 5, tmp_path / "p", Defence())
+    config = small_training(weight_decay=0.1)
+    supervised_finetune(plain, PAIRS, config, 5, tmp_path / "plain", constant_rate=True)
     assert any(not torch.equal(plain.state_dict()[k], w) for k, w in weights(model).items())

@@ -228,7 +228,6 @@ def test_aligning_through_a_part_changes_nothing_else(lab):
             before, after = given.state_dict(), aligned.state_dict()
             assert changed_outside(lab.layout, mask, before, after) == 0
             assert changed_outside(lab.layout, lab.layout.none(), before, after) > 0
-        assert lab.training(model).json("training.json")["changed_outside"] == 0
 
 
 def test_an_ablation_is_over_when_the_block_is(lab):
@@ -252,7 +251,6 @@ def test_a_frozen_weight_that_changed_is_an_error(lab, monkeypatch):
             model.get_parameter("model.embed_tokens.weight")[3, 3] += 1
         return record
 
-    monkeypatch.setattr("ssah.training.aligning.supervised_finetune", slip)
     monkeypatch.setattr("ssah.training.supervised.supervised_finetune", slip)
     part = Part(train=catalogue.redundant(lab, 0.2))
     for model in (

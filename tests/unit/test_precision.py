@@ -49,11 +49,13 @@ def test_a_pytorch_that_cannot_be_asked_gives_float32(monkeypatch):
 
 def test_products_are_what_they_were_after_the_block():
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(RuntimeError, match="stop"), products_in("bfloat16"):
+    with products_in("bfloat16"):
         assert torch.get_float32_matmul_precision() == "medium"
         with products_in("float32"):
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(RuntimeError, match="stop"), products_in("bfloat16"):
         raise RuntimeError("stop")
     assert torch.get_float32_matmul_precision() == before
 

@@ -232,7 +232,7 @@ def test_safety_layers_are_not_compared(lab):
     from ssah.lab import catalogue
 
     whole = catalogue.whole(lab)
-    with pytest.raises(NotImplementedError, match="of the aligned model"):
+    with pytest.raises(NotImplementedError, match="Layers of two models are not compared"):
         Measure(whole, SAFETY_LAYERS, "", whole, "itself").found(lab)
     with pytest.raises(SsahError, match="no metric 'safety layer'"):
         Measure(whole, "safety layer")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from ssah.artefacts import ARTEFACTS, Output
-from ssah.artefacts.pick import estimate, format_estimate, paper, rows_of
+from ssah.artefacts.pick import estimate, format_estimate, paper, pooled, rows_of
 from ssah.core.errors import SsahError
+from ssah.evaluate.stats import Estimate, over_repetitions
+from ssah.lab.table import typed
 from ssah.units.roles import GROUPS
 
 
@@ -164,3 +168,25 @@ def test_an_unknown_artefact_is_named_with_the_nearest():
 
     with pytest.raises(SsahError, match="Unknown artefact 'tabel1': did you mean 'table1'"):
         find("tabel1")
+
+
+@pytest.mark.parametrize("against", ["", "before"])
+def test_perplexities_of_several_seeds_are_averaged_in_nats(against):
+    """On their own scale the bounds of such a mean can be below zero."""
+    rows = typed(
+        pd.DataFrame(
+            {"metric": "perplexity", "seed": [0, 1, 2], "against": against, "n": 40,
+             "value": [5.0, 20.0, 8000.0], "low": [4.0, 16.0, 6400.0], "high": [6.25, 25.0, 1e4]}
+        )
+    )  # fmt: skip
+    found = pooled(rows)
+    nats = [
+        Estimate(math.log(v), math.log(v / 1.25), math.log(v * 1.25), 40) for v in rows["value"]
+    ]
+    expected = over_repetitions(nats)
+    assert found.value == pytest.approx((5 * 20 * 8000) ** (1 / 3))
+    assert found.low == pytest.approx(math.exp(expected.low))
+    assert found.high == pytest.approx(math.exp(expected.high))
+    assert 0 < found.low < 4
+    assert found.high > 1e4
+    assert pooled(rows[:1]) == Estimate(*map(pytest.approx, (5, 4, 6.25)), 40)

@@ -114,12 +114,9 @@ def interval(estimate: Estimate, unit: str = "", *, signed: bool = False) -> str
     """12.0 % [7.0, 19.8]"""
     sign = "+" if signed else ""
     space = " " if unit else ""
-    value, low, high = (f"{v:{sign}.{_places(v)}f}" for v in _bounds(estimate))
+    bounds = estimate.value, estimate.low, estimate.high
+    value, low, high = (f"{v:{sign}.{_places(v)}f}" for v in bounds)
     return f"{value}{space}{unit} [{low}, {high}]"
-
-
-def _bounds(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.value, estimate.low, estimate.high
 
 
 def _places(value: float) -> int:

@@ -15,7 +15,18 @@ from ...evaluate.stats import Estimate, corrected, proportion
 from ...training.part import EVERYTHING, Part
 from ..jailbreaks import JAILBREAKS, Jailbreak, with_prefix
 from ..lab import Lab
-from ..samples import Counted, Found, LessonLosses, Pooled, Rates, Sample, Tasks, TextLosses, Values
+from ..samples import (
+    Alone,
+    Counted,
+    Found,
+    LessonLosses,
+    Pooled,
+    Rates,
+    Sample,
+    Tasks,
+    TextLosses,
+    Values,
+)
 from ..specs import Model, Train
 from ..stages.answers import completions
 from ..stages.lessons import heldout, lesson
@@ -166,7 +177,7 @@ AGREEMENT = ("accuracy of the judges", "labelled", "judged", "kappa", "precision
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class Verdicts(Alone):
     """The judges' verdicts, and how often they call answers what is labelled so, or not."""
 
     found: Sequence[str]
@@ -179,16 +190,13 @@ class Verdicts:
         answered = [v == "answered" for v in self.found]
         yield {"metric": CORRECTED}, corrected(answered, *self.errors).scaled(100), None
 
-    def against(self, other: Verdicts) -> Found:
-        raise NotImplementedError("Compare the ASR.")
-
 
 def _verdicts(lab: Lab, model: Model, on: str) -> Sample:
     return Verdicts(judged(said(lab, model, on)), errors_of_answered(lab.config.model.name))
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(Alone):
     """Labels and verdicts of the completions that are labelled."""
 
     labels: Sequence[str]
@@ -206,9 +214,6 @@ class Labelled:
                 value = float(record[name])
                 counted = Estimate(value, value, value, len(self.labels))
                 yield {"metric": name, "set": verdict}, counted, None
-
-    def against(self, other: Labelled) -> Found:
-        raise NotImplementedError("Agreement is not compared.")
 
 
 def _labels(lab: Lab, model: Model, on: str) -> Sample:

@@ -12,7 +12,7 @@ from ...core.errors import SsahError, suggestion
 from ...evaluate.probes import Probe, lean, margin, onset
 from ...evaluate.stats import Estimate, auroc, crossed_mean, rank_correlation
 from ..lab import Lab
-from ..samples import Found, Sample
+from ..samples import Alone, Found, Sample
 from ..specs import Model
 from ..stages.probes import QUERIES, probed, read_outs
 
@@ -92,7 +92,7 @@ def _direction(part: str, variant: str = "") -> Callable[[Lab, Model, str], Samp
 
 
 @dataclass(frozen=True)
-class Margins:
+class Margins(Alone):
     """The model's own choice between the openings, and the lean of its state, by query."""
 
     probe: Probe
@@ -114,9 +114,6 @@ class Margins:
             correlation = rank_correlation(by_token[known, -1], leans[known, -1])
             yield {"metric": "rank correlation"}, correlation, None
 
-    def against(self, other: Margins) -> Found:
-        raise NotImplementedError("Margins are not compared.")
-
 
 def _leans(distances: Tensor) -> np.ndarray:
     """A query's mean lean over openings and tokens, ``[queries, B]``."""
@@ -124,7 +121,7 @@ def _leans(distances: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Separation:
+class Separation(Alone):
     """How well harmful queries are told from others: AUROC by the margin, by the refusal openings
     alone, and by the lean in each block."""
 
@@ -145,9 +142,6 @@ class Separation:
                 yield {"metric": name, "block": block + 1}, estimate, None
             yield {"metric": name}, estimate, None  # of the last block
 
-    def against(self, other: Separation) -> Found:
-        raise NotImplementedError("Separations are not compared.")
-
 
 def _separation(lab: Lab, model: Model, on: str) -> Sample:
     return Separation(probed(lab, model, QUERIES["harmful"]), probed(lab, model, _set_of(on)))
@@ -157,7 +151,7 @@ def _separation(lab: Lab, model: Model, on: str) -> Sample:
 
 
 @dataclass(frozen=True)
-class ReadOut:
+class ReadOut(Alone):
     """How well linear read-outs of the query's last token tell harm, by block and metric."""
 
     blocks: Sequence[Mapping[str, Estimate]]
@@ -168,9 +162,6 @@ class ReadOut:
                 yield {"metric": metric, "block": number + 1}, estimate, None
                 if number == len(self.blocks) // 2:
                     yield {"metric": metric, "at": "middle block"}, estimate, None
-
-    def against(self, other: ReadOut) -> Found:
-        raise NotImplementedError("Read-outs are not compared.")
 
 
 DIRECTION: dict[str, Callable[[Lab, Model, str], Sample]] = {

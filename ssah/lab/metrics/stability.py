@@ -12,7 +12,7 @@ from ...units.families import BlockKind
 from ...units.mask import UnitMask
 from ...units.roles import classify
 from ..lab import Lab
-from ..samples import Found, Sample
+from ..samples import Alone, Found, Sample
 from ..specs import Model
 from ..stages.units import CATEGORY, HALF, Scores, scores, shares
 from ..units_of import CU6
@@ -36,7 +36,7 @@ COMPARISONS: Mapping[str, Callable[[Lab, Model], tuple[Scores, Scores]]] = {
 
 
 @dataclass(frozen=True)
-class Overlaps:
+class Overlaps(Alone):
     """Groups found in two ways: units that are in both over units that are in either (IoU), and
     what that would be if equally many heads and neurons were drawn at random."""
 
@@ -52,9 +52,6 @@ class Overlaps:
             ):
                 counted = Estimate(value, value, value, mask.count())
                 yield {"metric": metric, **where}, counted, None
-
-    def against(self, other: Overlaps) -> Found:
-        raise NotImplementedError("Overlaps are not compared.")
 
     def _of(self, mask: UnitMask, other: UnitMask) -> Iterator[float]:
         together, expected = mask.count() + other.count(), 0.0

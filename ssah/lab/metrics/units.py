@@ -13,7 +13,7 @@ from ...units.families import BlockKind
 from ...units.layout import UnitLayout
 from ...units.roles import GROUPS, Roles, transfer
 from ..lab import Lab
-from ..samples import Counted, Found, Sample
+from ..samples import Alone, Counted, Found, Sample
 from ..specs import GIVEN, Ablate, Model, Patch, Train
 from ..stages.units import (
     Rule,
@@ -73,7 +73,7 @@ def _search(lab: Lab, model: Model, on: str) -> Sample:
 
 
 @dataclass(frozen=True)
-class RoleMap:
+class RoleMap(Alone):
     """The share of each group among a block's units."""
 
     layout: UnitLayout
@@ -85,9 +85,6 @@ class RoleMap:
             for block in self.layout.blocks:
                 share = proportion(mask[block.name].tolist()).scaled(100)
                 yield {"metric": group, "set": block.kind, "block": block.layer}, share, None
-
-    def against(self, other: RoleMap) -> Found:
-        raise NotImplementedError("Maps are not compared.")
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def _transfer_of_alignment(lab: Lab, model: Model, on: str) -> Sample:
 
 
 @dataclass(frozen=True)
-class Layers:
+class Layers(Alone):
     """The angular gap after each block, and the blocks that are safety layers."""
 
     gap: Sequence[float]
@@ -160,9 +157,6 @@ class Layers:
                 LAST_LAYER: (self.chosen[-1] + 1, len(self.gap)),
             }
         ).rows()
-
-    def against(self, other: Layers) -> Found:
-        raise NotImplementedError("Safety layers are those of the aligned model.")
 
 
 #: Which blocks are safety layers, counted from 1.

@@ -65,17 +65,26 @@ def _aligned(
 ) -> None:
     """Taught to refuse, and held in place on benign prompts; the rate falls, so that only the last
     epoch is a model."""
-    from ...training.aligning import align_model
-    from ...training.supervised import save_model
+    from ...training.supervised import save_model, supervised_finetune
 
     config = AlignConfig(**settings)
     model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
+    seed_everything(seed)  # adapters begin with random factors
     with lab.use(GIVEN) as reference:
-        record = align_model(
-            model, reference, learned.taught(lab), learned.held(lab), config, seed, folder, part
-        )
+        with part.training(model):
+            record = supervised_finetune(
+                model,
+                learned.taught(lab),
+                config,
+                seed,
+                folder,
+                learned.held(lab),
+                reference,
+                anchor_weight=config.anchor_weight,
+            )
+        part.require_kept(model, reference.state_dict(), model.state_dict())
     save_model(model, folder / f"epoch-{config.epochs}")
-    (folder / "training.json").write_text(json.dumps(record))
+    (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
 
 
 @stage("train", version=1, resumable=True)
@@ -135,8 +144,7 @@ def _defended(
 ) -> None:
     """The same with a defence. It is a stage of its own so that keys of trainings without one are
     what they were."""
-    from ...training.defended import defended_finetune
-    from ...training.supervised import save_model
+    from ...training.supervised import save_model, supervised_finetune
 
     kind = DEFENCES[defence.name]
     model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
@@ -148,13 +156,14 @@ def _defended(
             stack.enter_context(lab.use(unaligned)) if unaligned is not None else None,
         )
         stack.enter_context(part.training(model))
-        record = defended_finetune(
+        record = supervised_finetune(
             model,
             learned.taught(lab),
             FinetuneConfig(**settings),
             seed,
             folder,
-            acting,
+            constant_rate=True,
             on_epoch=lambda done: save_model(model, folder / f"epoch-{done}"),
+            defence=acting,
         )
     (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))

@@ -72,15 +72,14 @@ def _statistics(
     model: Model,
     rows: tuple[Row, ...],
     answers: Handle,
-    config: dict[str, Any],
+    config: AttributionConfig,
     label: str,
 ) -> None:
     """``statistics.safetensors``: activation statistics on some prompts and answers to them."""
-    attribution = AttributionConfig(**config)
-    batches = _batches(lab, rows, answers, attribution)
-    layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
+    batches = _batches(lab, rows, answers, config)
+    layout = lab.layout_of(cast(UnitKind, config.unit_kind))
     with lab.use(model) as loaded:
-        over = cast(VarianceOver, attribution.variance_over)
+        over = cast(VarianceOver, config.variance_over)
         found = collect_statistics(loaded, layout, batches, over)
     found.save(folder / "statistics.safetensors")
 
@@ -92,11 +91,11 @@ def _activations(
     model: Model,
     rows: tuple[Row, ...],
     answers: Handle,
-    config: dict[str, Any],
+    config: AttributionConfig,
     count: int,
 ) -> None:
     """``activations.safetensors``: of all units, at random tokens of a model's answers."""
-    batches = list(_batches(lab, rows, answers, AttributionConfig(**config)))
+    batches = list(_batches(lab, rows, answers, config))
     with lab.use(model) as loaded:
         found = sample_activations(loaded, lab.layout, batches, count, lab.seed)
     save_file(found, folder / "activations.safetensors")
@@ -109,7 +108,7 @@ RESAMPLED = 512
 def activations(lab: Lab) -> Handle:
     """What the aligned model's units say at random tokens of its answers to harmless prompts."""
     rows, said = _own_answers(lab, "utility", lab.aligned)
-    config = dataclasses.asdict(lab.config.attribution)
+    config = lab.config.attribution
     return _activations(lab, lab.aligned, rows, said, config, RESAMPLED)
 
 
@@ -122,11 +121,10 @@ def _fitted(
     statistics: Handle,
     rows: tuple[Row, ...],
     answers: Handle,
-    config: dict[str, Any],
+    config: AttributionConfig,
 ) -> None:
     """``constants.safetensors``: what some units say at every token where that does least harm."""
-    attribution = AttributionConfig(**config)
-    batches = list(_batches(lab, rows, answers, attribution))
+    batches = list(_batches(lab, rows, answers, config))
     found = ActivationStatistics.load(statistics.path("statistics.safetensors"))
     with lab.use(model) as loaded:
         layout = lab.layout_of(mask.unit_kind)
@@ -138,7 +136,7 @@ def fitted(lab: Lab, mask: UnitMask) -> Handle:
     """The constants in the place of some units with which the aligned model's own answers to
     harmless prompts are likeliest."""
     rows, said = _own_answers(lab, "utility", lab.aligned)
-    config = dataclasses.asdict(lab.config.attribution)
+    config = lab.config.attribution
     return _fitted(lab, lab.aligned, mask, statistics(lab, "utility"), rows, said, config)
 
 
@@ -207,7 +205,7 @@ def statistics(
     of ``attribution``."""
     model, author = model or lab.aligned, author or lab.aligned
     rows, said = _own_answers(lab, purpose, author, resample, part)
-    config = dataclasses.asdict(dataclasses.replace(lab.config.attribution, **changes))
+    config = dataclasses.replace(lab.config.attribution, **changes)
     return _statistics(lab, model, rows, said, config, label=purpose)
 
 
@@ -250,11 +248,11 @@ def _roles(
     model: Model,
     statistics: Sequence[Handle],
     rows: tuple[Row, ...],
-    config: dict[str, Any],
+    config: RolesConfig,
     measured: dict[str, Any],
 ) -> None:
     """``shares.json``, ``trials.json`` and ``roles.safetensors`` of the ablation search."""
-    shares, trials = _search(lab, RolesConfig(**config))
+    shares, trials = _search(lab, config)
     (folder / "shares.json").write_text(json.dumps(dataclasses.asdict(shares)))
     (folder / "trials.json").write_text(json.dumps([dataclasses.asdict(t) for t in trials]))
     classified(lab, shares).save(folder / "roles.safetensors")
@@ -269,8 +267,8 @@ def _found(lab: Lab) -> Handle:
         "perplexity_rows": evaluate.perplexity_rows,
     }
     used = [statistics(lab, purpose) for purpose in ("safety", "utility")]
-    config = dataclasses.asdict(lab.config.roles)
-    return _roles(lab, lab.aligned, used, lab.rows("harmful_search"), config, measured)
+    rows = lab.rows("harmful_search")
+    return _roles(lab, lab.aligned, used, rows, lab.config.roles, measured)
 
 
 def shares(lab: Lab) -> Shares:
@@ -364,13 +362,12 @@ def _conflict(
     learned: Lesson,
     rows: tuple[Row, ...],
     refusals: Handle,
-    config: dict[str, Any],
+    config: AttributionConfig,
     batch_size: int,
 ) -> None:
     """``conflict.safetensors``: what a first step on a lesson does to the loss of refusals."""
-    attribution = AttributionConfig(**config)
-    layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
-    pairs = learned.taught(lab), _encoded(lab, rows, refusals, attribution)
+    layout = lab.layout_of(cast(UnitKind, config.unit_kind))
+    pairs = learned.taught(lab), _encoded(lab, rows, refusals, config)
     training, safety = (dialogue_batches(part, batch_size) for part in pairs)
     with lab.use(model) as loaded:
         found = gradient_conflict(loaded, layout, training, safety)
@@ -380,7 +377,7 @@ def _conflict(
 def conflict(lab: Lab, learned: Lesson) -> Scores:
     """How much a first step on a lesson would hurt the aligned model's refusals, by unit."""
     rows, refusals = _own_answers(lab, "safety", lab.aligned)
-    config = dataclasses.asdict(lab.config.attribution)
+    config = lab.config.attribution
     size = lab.config.finetune.micro_batch_size
     run = _conflict(lab, lab.aligned, learned, rows, refusals, config, size)
     return load_file(run.path("conflict.safetensors"))
@@ -455,14 +452,13 @@ def _sensitivity(
     model: Model,
     rows: tuple[Row, ...],
     refusals: Handle,
-    config: dict[str, Any],
+    config: AttributionConfig,
     batch_size: int,
     measure: str,
 ) -> None:
     """``sensitivity.safetensors``: how the loss of refusals depends on each unit's weights."""
-    attribution = AttributionConfig(**config)
-    layout = lab.layout_of(cast(UnitKind, attribution.unit_kind))
-    batches = dialogue_batches(_encoded(lab, rows, refusals, attribution), batch_size)
+    layout = lab.layout_of(cast(UnitKind, config.unit_kind))
+    batches = dialogue_batches(_encoded(lab, rows, refusals, config), batch_size)
     with lab.use(model) as loaded:
         found = _SENSITIVITY[measure](loaded, layout, batches)
     save_file(found, folder / "sensitivity.safetensors")
@@ -470,7 +466,7 @@ def _sensitivity(
 
 def _of_refusals(lab: Lab, measure: str, batch_size: int) -> Scores:
     rows, refusals = _own_answers(lab, "safety", lab.aligned)
-    config = dataclasses.asdict(lab.config.attribution)
+    config = lab.config.attribution
     run = _sensitivity(lab, lab.aligned, rows, refusals, config, batch_size, measure)
     return load_file(run.path("sensitivity.safetensors"))
 
