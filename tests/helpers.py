@@ -24,6 +24,7 @@ from transformers import (
 
 from ssah.core.paths import project_root
 from ssah.training.settings import AlignConfig
+from ssah.training.supervised import ResponseTrainer
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
@@ -132,6 +133,14 @@ class AtNextEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **rest):
         if state.global_step == 4:
             raise Interruption
+
+
+class Interrupted(ResponseTrainer):
+    """A trainer that is interrupted there."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(AtNextEpoch())
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:

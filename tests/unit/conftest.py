@@ -76,6 +76,11 @@ def smoke_lab(smoke_home) -> Callable[..., Lab]:
     return open_lab
 
 
+@pytest.fixture(scope="module")
+def lab(smoke_lab) -> Lab:
+    return smoke_lab()
+
+
 @pytest.fixture(scope="session")
 def smoke_study(smoke_home) -> Callable[..., Study]:
     """Opens a study of the smoke profile in the same way."""

@@ -33,11 +33,6 @@ ALL = [*NAMES, "prefix-tuning-from-zero"]
 
 
 @pytest.fixture(scope="module")
-def lab(smoke_lab) -> Lab:
-    return smoke_lab()
-
-
-@pytest.fixture(scope="module")
 def measurements(lively_lab, toy_verdicts) -> pd.DataFrame:
     """What Table 5 asks, of a model whose answers training changes."""
     return measured(lively_lab, ask_table5(lively_lab))[0]

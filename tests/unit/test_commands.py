@@ -273,8 +273,3 @@ def test_only_what_the_repository_made_is_published(tmp_path, monkeypatch):
     with pytest.raises(SsahError, match="uncommitted changes"):
         report.publish(tmp_path / "own")
     assert not (tmp_path / "published").exists()
-
-
-def test_the_smoke_profile_is_not_published(capsys):
-    assert cli.main(["publish", "profile=smoke"]) == 1
-    assert "mean nothing" in capsys.readouterr().err

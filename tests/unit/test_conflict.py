@@ -8,17 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssah.lab.lab import Lab
 from ssah.lab.stages import units as units_stage
 from ssah.lab.stages.lessons import lesson
 from ssah.lab.stages.units import conflict
 
 RATE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def lab(smoke_lab) -> Lab:
-    return smoke_lab()
 
 
 def losses(model, pairs) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helpers import (
-    AtNextEpoch,
+    Interrupted,
     Interruption,
     assert_frozen,
     dialogues,
@@ -28,7 +28,7 @@ from ssah.training.defences import DEFENCES, Defence
 from ssah.training.defences.base import Step, trained
 from ssah.training.loss import collate, mean_loss, summed_loss
 from ssah.training.slicing import freeze_units
-from ssah.training.supervised import ResponseTrainer, supervised_finetune
+from ssah.training.supervised import supervised_finetune
 from ssah.units.layout import UnitLayout
 from ssah.units.mask import UnitMask
 
@@ -360,11 +360,6 @@ def test_a_defended_run_goes_on_where_it_was_interrupted(
     assert sorted(expected) == [1, 2]
     for key, weight in weights(whole).items():
         assert torch.equal(weight, expected[2][key]), "what the last epoch sees is what comes out"
-
-    class Interrupted(ResponseTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.add_callback(AtNextEpoch())
 
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch:

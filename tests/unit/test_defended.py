@@ -27,11 +27,6 @@ from ssah.training.part import Part
 IDS = ("table_defences", "fig_defences", "fig_defences_steps")
 
 
-@pytest.fixture(scope="module")
-def lab(smoke_lab) -> Lab:
-    return smoke_lab()
-
-
 def defended_model(lab: Lab, name: str = "mixing", strength: float = 0.1) -> Model:
     return lab.aligned.trained("instructions", defence=Defended(name, strength))
 

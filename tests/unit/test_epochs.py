@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers import (
-    AtNextEpoch,
+    Interrupted,
     Interruption,
     assert_frozen,
     dialogues,
@@ -181,11 +181,6 @@ def test_resumed_training_of_some_units_equals_uninterrupted(fresh, tmp_path, mo
 
     whole, expected, expected_record = run(tmp_path / "whole")
     folder = tmp_path / "cut"
-
-    class Interrupted(ResponseTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.add_callback(AtNextEpoch())
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "ResponseTrainer", Interrupted)

@@ -13,7 +13,7 @@ from ssah.core.store import NotBuilt
 from ssah.lab import catalogue
 from ssah.lab import lab as lab_module
 from ssah.lab.arms import Arm
-from ssah.lab.lab import LOADED, Lab
+from ssah.lab.lab import LOADED
 from ssah.lab.measure import Measure, collect, measured
 from ssah.lab.specs import GIVEN, REFUSALS, Model
 from ssah.lab.stages.lessons import MAIN_ATTACK
@@ -22,11 +22,6 @@ from ssah.training.checks import changed_outside
 from ssah.training.part import Part
 from ssah.training.supervised import supervised_finetune
 from ssah.units.mask import UnitMask
-
-
-@pytest.fixture(scope="module")
-def lab(smoke_lab) -> Lab:
-    return smoke_lab()
 
 
 @pytest.fixture

@@ -7,17 +7,11 @@ import torch
 
 from ssah.core.errors import SsahError
 from ssah.data.rows import Row
-from ssah.lab.lab import Lab
 from ssah.lab.specs import GIVEN, REFUSALS
 from ssah.lab.stages.lessons import ATTACKS, Lesson, available_attacks, heldout, lesson
 from ssah.text.chat import render_prompt
 
 every_attack = pytest.mark.parametrize("attack", ATTACKS)
-
-
-@pytest.fixture(scope="module")
-def lab(smoke_lab) -> Lab:
-    return smoke_lab()
 
 
 def ids(rows: tuple[Row, ...]) -> list[str]:
