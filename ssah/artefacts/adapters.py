@@ -122,7 +122,7 @@ def _note(config: Config, attacks: list[str], left_out: list[str]) -> str:
         f"batches of {config.adapters.batch_size}, at the paper's rate and others (rates: "
         f"{'; '.join(f'{name} {own}' for name, own in rates.items())}); beside them the arm that "
         "freezes nothing, for one epoch, and the one that freezes ESU and all CU, for twice as "
-        "many, as in Table 2. ASR: share of the held-out harmful prompts that are answered; "
+        "many epochs, as in Table 2. ASR: share of the held-out harmful prompts that are answered; "
         "differences are points of ASR on the same prompts (paired 95 % interval), below zero is "
         "safer. Held-out gain: nats per token by which held-out rows of the same kind became "
         "likelier: an adapter that learned nothing had no chance to hurt, and one that made the "

@@ -190,7 +190,8 @@ def _note(table: pd.DataFrame, config: Config) -> str:
         "asked by a jailbreak (docs/jailbreaks.md), judged against the prompt itself; none: as "
         "they are. Nothing frozen: after one epoch; the other arms after the last (the paper's "
         "rule). Difference: points from nothing frozen, on the same prompts (paired 95 % "
-        "interval); below zero is safer. Prefill: the answer begins with so many tokens of a "
+        "interval); below zero is safer. Prefill: the answer begins with the given number of "
+        "tokens of a "
         "compliant one, and what follows is judged. "
     )
     if {GCG, GCG_TRANSFERRED} & {*jailbreaks}:
@@ -224,7 +225,7 @@ def fig_depth(table: pd.DataFrame, config: Config) -> Output:
     named = [(k, prefilled(k)) for k in DEPTHS if prefilled(k) in jailbreaks]
     depths = [(0, _plain(table, config)), *named]
     output = Output(
-        f"ASR ({_plain(table, config)}) when the answer already begins with so many tokens of "
+        f"ASR ({_plain(table, config)}) when the answer begins with the given number of tokens of "
         'a compliant opening, such as "Sure, here is a tutorial on"; what the model says after '
         "it is judged, so that a model whose refusals are only its first words is seen to answer "
         "(arXiv 2406.05946). At 0 the prompts as they are, judged from the answer's first word. "

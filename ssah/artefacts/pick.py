@@ -107,7 +107,7 @@ def other_family_unmeasured(
         f"is {config.model.name}, taken for one of the main family (model.family=llama). "
         f'`make {artefact} ARGS="model=qwen2_5_coder"` measures a model that fits a laptop, and '
         f'`make {artefact} HF_HUB_OFFLINE=0 ARGS="profile=paper model=mistral_7b_instruct"` '
-        f"the paper's (one 80 GB GPU). The same of this model is in {OTHER_FAMILY[artefact]}.",
+        f"the paper's (one 80 GB GPU). The same table for this model is {OTHER_FAMILY[artefact]}.",
         filled(pd.DataFrame(paper_rows(artefact, columns, setting))),
     )
 

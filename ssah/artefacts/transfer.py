@@ -32,8 +32,8 @@ PAPER = "paper: Llama-2-7B-Chat, Dolly"
 #: What a reader has to know of every figure here.
 _HOW = (
     "Fine-tuning on instructions: one epoch where nothing is frozen, else the last. Units are "
-    "scored before and after on the same texts, and classified after by the scores at which the "
-    "groups ended before (thresholds; the same shares again, 'quantiles', are in "
+    "scored before and after on the same texts, and classified after by the scores that "
+    "bounded the groups before (thresholds; the same shares again, 'quantiles', are in "
     "measurements.csv). The first arm is the noise floor: the same model, scored on other prompts "
     "of the same kind. "
 )

@@ -166,10 +166,11 @@ class ExperimentConfig:
 
 @dataclass
 class RuntimeConfig:
-    """How to run; nothing here changes what is computed beyond rounding."""
+    """How to run; nothing but the precision changes what is computed."""
 
     device: str = "auto"
-    #: Of matrix products; auto is bfloat16 where the hardware has it. Part of every key.
+    #: Of matrix products; auto is bfloat16 where the hardware has it. Part of every key, since
+    #: one verdict in sixteen changes (docs/reproduction.md).
     precision: str = one_of("float32", "float32", "bfloat16", "auto")
     threads: int | None = within(None, 1, 1024)
     #: Jobs side by side; null: what memory and cores allow.
