@@ -22,7 +22,7 @@ NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 help:
 	@echo "make setup            create $(VENV) from requirements.lock"
 	@echo "make plan             what there is to compute"
-	@echo "make reproduce        every figure and table, then the claims table"
+	@echo "make reproduce        every figure and table of the default run, then the claims table"
 	@echo "make smoke            the same on a random model, in about three minutes"
 	@echo "make demo             the claim on a small aligned model, in ten minutes"
 	@echo "make publish          conf/experiment/published.yaml, into results/published"
