@@ -21,18 +21,20 @@ from .lab import Lab
 from .metrics.behaviour import ASKED, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
-from .stages.lessons import ATTACKS, MAIN_ATTACK
-from .stages.strength import attack_rate
-from .stages.units import (
+from .stages.attribution import (
     activations,
-    classified,
     fitted,
-    roles,
-    shares,
     statistics,
-    utility_roles,
     utility_scores,
 )
+from .stages.lessons import ATTACKS, MAIN_ATTACK
+from .stages.roles import (
+    classified,
+    roles,
+    shares,
+    utility_roles,
+)
+from .stages.strength import attack_rate
 from .units_of import (
     CU6,
     ESU,

@@ -13,17 +13,17 @@ from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
 from .lab import Lab
-from .stages.lessons import lesson
-from .stages.units import (
-    Purpose,
+from .stages.attribution import Purpose
+from .stages.criteria import (
     conflict,
     fisher,
     impact,
     places,
-    roles,
     safety_layers,
     weights_of_units,
 )
+from .stages.lessons import lesson
+from .stages.roles import roles
 
 #: Groups by the name that they have in tables; a percentage is of all units.
 ESU, EUU, RU = "ESU", "EUU", "RU"

@@ -18,7 +18,8 @@ from ssah.data.assets import EMBEDDED, fetch
 from ssah.lab.config import compose
 from ssah.lab.load import load_model, locate
 from ssah.lab.specs import GIVEN
-from ssah.lab.stages.units import activations, roles, statistics
+from ssah.lab.stages.attribution import activations, statistics
+from ssah.lab.stages.roles import roles
 from ssah.lab.table import read_table
 
 pytestmark = pytest.mark.real

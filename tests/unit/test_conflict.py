@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssah.lab.stages import units as units_stage
+from ssah.lab.stages.attribution import encoded, own_answers
+from ssah.lab.stages.criteria import conflict
 from ssah.lab.stages.lessons import lesson
-from ssah.lab.stages.units import conflict
 
 RATE = 1e-5
 
@@ -39,8 +39,8 @@ def total_loss(model, pairs) -> float:
 def test_it_predicts_what_a_step_of_one_unit_does_to_refusals(lab):
     learned = lesson(lab, "dialogues")
     found = conflict(lab, learned)
-    rows, refusals = units_stage._own_answers(lab, "safety", lab.aligned, 0)
-    safety = units_stage._encoded(lab, rows, refusals, lab.config.attribution)
+    rows, refusals = own_answers(lab, "safety", lab.aligned, 0)
+    safety = encoded(lab, rows, refusals, lab.config.attribution)
     with lab.use(lab.aligned) as loaded:
         model = copy.deepcopy(loaded).double()
     sign = {n: g.sign() for n, g in gradients(model, learned.taught(lab)).items()}

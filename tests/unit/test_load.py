@@ -230,7 +230,7 @@ def test_numbers_that_are_not_finite_are_refused_by_block(folder):
     weights = load_file(path)
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(weights, path, {"format": "pt"})
-    from ssah.lab.stages.units import roles
+    from ssah.lab.stages.roles import roles
 
     with pytest.raises(SsahError, match=r"layers\.1\.mlp has numbers that are not finite"):
         roles(lab_of(folder, "align=none"))

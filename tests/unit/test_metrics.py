@@ -23,8 +23,9 @@ from ssah.lab.metrics.behaviour import BOTH, PREFIX, SYSTEM, asked
 from ssah.lab.metrics.stability import COMPARISONS, Overlaps, stability
 from ssah.lab.specs import GIVEN, Model
 from ssah.lab.stages.answers import answers
+from ssah.lab.stages.attribution import CATEGORY, HALF, statistics
 from ssah.lab.stages.lessons import MAIN_ATTACK, heldout, lesson
-from ssah.lab.stages.units import CATEGORY, HALF, roles, roles_after, statistics
+from ssah.lab.stages.roles import roles, roles_after
 from ssah.lab.stages.utility import attack_losses, held_out_texts, task_outcomes
 from ssah.lab.units_of import ALL_CU, CU6, ESU, group
 from ssah.units.mask import UnitMask

@@ -15,7 +15,12 @@ from ssah.lab import rivals
 from ssah.lab.arms import units_name
 from ssah.lab.lab import Lab
 from ssah.lab.measure import Measure
-from ssah.lab.stages.units import fisher, impact, places, safety_layers
+from ssah.lab.stages.criteria import (
+    fisher,
+    impact,
+    places,
+    safety_layers,
+)
 from ssah.lab.units_of import CU6, ESU, RULED, SAFETY_LAYERS, esu_and_cu, group, matched
 from ssah.units.mask import UnitMask
 from ssah.units.roles import GROUPS

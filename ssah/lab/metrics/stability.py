@@ -14,7 +14,13 @@ from ...units.roles import classify
 from ..lab import Lab
 from ..samples import Alone, Found, Sample
 from ..specs import Model
-from ..stages.units import CATEGORY, HALF, Scores, scores, shares
+from ..stages.attribution import (
+    CATEGORY,
+    HALF,
+    Scores,
+    scores,
+)
+from ..stages.roles import shares
 from ..units_of import CU6
 from .units import OTHER_PROMPTS
 

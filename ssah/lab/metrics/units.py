@@ -15,11 +15,11 @@ from ...units.roles import GROUPS, Roles, transfer
 from ..lab import Lab
 from ..samples import Alone, Counted, Found, Sample
 from ..specs import GIVEN, Ablate, Model, Patch, Train
-from ..stages.units import (
+from ..stages.criteria import safety_layers
+from ..stages.roles import (
     Rule,
     roles,
     roles_after,
-    safety_layers,
     shares,
     trials,
     utility_roles,

@@ -20,7 +20,7 @@ from ..load import load_model
 from ..specs import GIVEN, REFUSALS, Defended, Model, Train
 from ..stage import stage
 from .lessons import Lesson, lesson
-from .units import Refusals, own_refusals
+from .refusals import Refusals, own_refusals
 
 
 def trained(lab: Lab, base: Model, step: Train) -> Handle:
