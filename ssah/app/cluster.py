@@ -30,7 +30,13 @@ def submit(
         from submitit.core.utils import FailedJobError
     except ImportError as error:
         raise SsahError("ssah submit needs submitit: pip install 'ssah[cluster]'.") from error
-    executor = submitit.AutoExecutor(folder=str(home() / "jobs"), cluster=cluster)
+    try:
+        executor = submitit.AutoExecutor(folder=str(home() / "jobs"), cluster=cluster)
+    except RuntimeError as error:  # no srun
+        raise SsahError(
+            f"This machine is no part of a {cluster} cluster ({error}): submit from a login node, "
+            "or run the jobs as processes of this machine with --cluster local."
+        ) from error
     executor.update_parameters(**{"name": "ssah", "timeout_min": 24 * 60, **settings})
     for first in (True, False):
         jobs = prepared(profile, overrides).jobs()

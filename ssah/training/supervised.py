@@ -126,13 +126,15 @@ def supervised_finetune(
     call of ``on_epoch(epochs done)``, which sees the weights that would come out there, or every
     ``save_steps``, and removed at the end. Embeddings (and a tied language-model head) train only
     with ``config.train_embeddings``. Units stay frozen inside
-    :func:`ssah.training.slicing.freeze_units`, whatever a ``defence`` does, which chooses its
-    settings, rows and anchors itself.
+    :func:`ssah.training.slicing.freeze_units`, whatever a ``defence`` does, which changes settings
+    and rows and brings anchors and reference of its own.
     """
     reuse_memory()
     seed_everything(seed)
     if defence is None:
         defence = Defence()
+    elif anchors or reference is not None:
+        raise ValueError("A defence brings its own anchors and reference.")
     else:
         config, reference = defence.settings(config), defence.reference
         dialogues, anchors = defence.lesson(dialogues, random.Random(seed))

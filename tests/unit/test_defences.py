@@ -384,3 +384,12 @@ def test_a_defence_changes_what_comes_out(families, tmp_path, run, name):
     config = small_training(weight_decay=0.1)
     supervised_finetune(plain, PAIRS, config, 5, tmp_path / "plain", constant_rate=True)
     assert any(not torch.equal(plain.state_dict()[k], w) for k, w in weights(model).items())
+
+
+def test_a_defence_and_anchors_of_somebody_else_do_not_go_together(families, tmp_path):
+    model = families("llama")
+    with pytest.raises(ValueError, match="brings its own anchors and reference"):
+        supervised_finetune(
+            model, PAIRS, small_training(), 5, tmp_path, PAIRS, model, defence=Defence()
+        )
+    assert not list(tmp_path.iterdir())

@@ -27,11 +27,22 @@ def test_a_study_under_torchrun_is_refused(monkeypatch):
         Study("smoke")
 
 
+def test_a_machine_without_slurm_is_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SSAH_HOME", str(tmp_path / "home"))
+    with pytest.raises(SsahError, match=r"is no part of a slurm cluster \(.*srun.*--cluster local"):
+        submit("smoke", [], "slurm", None, {})
+
+
 def test_a_cluster_without_a_controller_is_one_sentence(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho 'error: Unable to contact slurm controller' >&2\nexit 1\n")
-    sbatch.chmod(0o755)
+    for name in ("srun", "sbatch"):
+        program = tmp_path / name
+        program.write_text(
+            "#!/bin/sh\necho 'error: Unable to contact slurm controller' >&2\nexit 1\n"
+        )
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SSAH_HOME", str(tmp_path / "home"))
     with pytest.raises(SsahError, match=r"slurm took no job: error: Unable to contact.*--cluster"):
