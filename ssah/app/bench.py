@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..core.files import write_atomically
-from ..core.runtime import commit, peak_memory_mib, provenance, seed_everything
+from ..core.runtime import commit, peak_memory_mib, products_in, provenance, seed_everything
 from ..lab.load import load_model
 from ..scoring.attribution import collect_statistics
 from ..scoring.selectors import magnitude, matched_by, random_rank, sized
@@ -58,8 +58,8 @@ def bench(profile: str, overrides: Sequence[str]) -> Path:
         "with a full step beside it; peak memory: of a process of its own. Of defences: what a "
         "step costs (Lisa: every fourth one is two); what SafeLoRA does at the end is left out.\n\n"
         f"{attribution(profile, overrides)}\n\n"
-        f"Profile {stamp['profile']}, model {stamp['model']}, commit {commit()}, "
-        f"{machine}."
+        f"Profile {stamp['profile']}, model {stamp['model']}, "
+        f"{stamp['overrides'] or 'no overrides'}, commit {commit()}, {machine}."
     )
     write_atomically(table.with_suffix(".csv"), lambda p: costs.to_csv(p, index=False))
     text = f"{costs.to_markdown(index=False)}\n\n{note}\n"
@@ -88,12 +88,11 @@ def attribution(profile: str, overrides: Sequence[str]) -> str:
         collect_statistics(model, layout, batches)
 
     times: dict[str, list[float]] = {"plain": [], "attribution": []}
-    plain()
-    for _ in range(7):
-        for name, work in (("plain", plain), ("attribution", attributed)):
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
+    with products_in(lab.precision):
+        plain()
+        for _ in range(7):
+            for name, work in (("plain", plain), ("attribution", attributed)):
+                times[name].append(_seconds(work))
     ratios = [a / p for a, p in zip(times["attribution"], times["plain"], strict=True)]
     channels = sum(block.channels.numel() for block in layout.blocks)
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
@@ -162,9 +161,9 @@ def _memory(name: str, profile: str, overrides: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _seconds(step: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], None]) -> float:
     start = time.perf_counter()
-    step()
+    work()
     return time.perf_counter() - start
 
 
@@ -188,7 +187,7 @@ def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Tra
     ids = torch.randint(3, model.config.vocab_size, (2 * ROWS, TOKENS)).tolist()
     half = TOKENS // 2 + 1  # half prompt, half response
     dialogues = [(row[:half], row[half:]) for row in ids]
-    with WAYS[name](lab.layout, model) as found:
+    with products_in(lab.precision), WAYS[name](lab.layout, model) as found:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         defence = Defence() if found is None else found
         defence.refusals = dialogues[ROWS:]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from torch import Tensor
 
 from ssah.app import bench, cli, report
@@ -77,6 +78,13 @@ def test_a_way_trains_the_units_of_its_name(name):
 def parameters_of(name: str) -> int:
     with bench._training(name, "smoke", []) as training:
         return parameters(training)
+
+
+def test_a_way_is_measured_in_the_precision_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    for overrides, found in (([], "highest"), (["runtime.precision=bfloat16"], "medium")):
+        with bench._training(bench.FULL, "smoke", overrides):
+            assert torch.get_float32_matmul_precision() == found
 
 
 def test_the_optimizer_keeps_two_moments_of_what_trains():

@@ -149,6 +149,7 @@ def own_answers(
 def encoded(
     lab: Lab, rows: Sequence[Row], answers: Handle, config: AttributionConfig
 ) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response ids of what a model answers."""
     limit = config.max_response_tokens - 1
     return [
         encode_dialogue(lab.tokenizer, row.prompt, text, max_response_tokens=limit)
