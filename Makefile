@@ -24,7 +24,7 @@ help:
 	@echo "make plan             what there is to compute"
 	@echo "make reproduce        every figure and table of the default run, then the claims table"
 	@echo "make smoke            the same on a random model, in about three minutes"
-	@echo "make demo             the claim on a small aligned model, in ten minutes"
+	@echo "make demo             the claim on a small aligned model, in five minutes"
 	@echo "make publish          conf/experiment/published.yaml, into results/published"
 	@echo "make test             lint, types, unit, integration and notebook tests"
 	@echo "make lint             style and types alone"
