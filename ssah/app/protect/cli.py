@@ -99,7 +99,7 @@ def check(model: str, out: Path | None, prompts: int, show: int) -> None:
 @click.option("--out", type=FOLDER, default=Path("ssah-demo"), help="Where the page goes.")
 @click.option("--show", type=COUNT, default=0, help="Completions a set to put into it (0).")
 def demo(out: Path, show: int) -> None:
-    """The paper's claim in ten minutes: few units carry the refusals of a small chat model."""
+    """The paper's claim in five minutes: few units carry the refusals of a small chat model."""
     from .demo import demo as run
     from .report import print_report
 
