@@ -14,14 +14,7 @@ from ..units.mask import UnitMask
 from ..units.roles import GROUPS
 from .lab import Lab
 from .stages.attribution import Purpose
-from .stages.criteria import (
-    conflict,
-    fisher,
-    impact,
-    places,
-    safety_layers,
-    weights_of_units,
-)
+from .stages.criteria import conflict, fisher, impact, places, safety_layers, weights_of_units
 from .stages.lessons import lesson
 from .stages.roles import roles
 

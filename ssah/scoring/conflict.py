@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def gradient_conflict(
-    model: PreTrainedModel,
-    layout: UnitLayout,
-    training: Iterable[Batch],
-    safety: Iterable[Batch],
+    model: PreTrainedModel, layout: UnitLayout, training: Iterable[Batch], safety: Iterable[Batch]
 ) -> dict[str, Tensor]:
     """How much a first step on ``training`` raises the loss of ``safety``, by unit.
 

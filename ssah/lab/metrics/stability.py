@@ -14,12 +14,7 @@ from ...units.roles import classify
 from ..lab import Lab
 from ..samples import Alone, Found, Sample
 from ..specs import Model
-from ..stages.attribution import (
-    CATEGORY,
-    HALF,
-    Scores,
-    scores,
-)
+from ..stages.attribution import CATEGORY, HALF, Scores, scores
 from ..stages.roles import shares
 from ..units_of import CU6
 from .units import OTHER_PROMPTS

@@ -16,14 +16,7 @@ from ..lab import Lab
 from ..samples import Alone, Counted, Found, Sample
 from ..specs import GIVEN, Ablate, Model, Patch, Train
 from ..stages.criteria import safety_layers
-from ..stages.roles import (
-    Rule,
-    roles,
-    roles_after,
-    shares,
-    trials,
-    utility_roles,
-)
+from ..stages.roles import Rule, roles, roles_after, shares, trials, utility_roles
 
 #: Which units a count is of, by the name that it has in tables.
 SCOPES: dict[str, BlockKind | None] = {"all units": None, "heads": "attn", "neurons": "mlp"}
