@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..text.batches import Batch
 from ..units.layout import UnitLayout
-from .gradients import summed_gradients
+from .sensitivity import summed_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..units.mask import UnitMask
-
 
 @dataclass(frozen=True)
 class Effect:
@@ -29,18 +27,18 @@ class Trial:
 def search_share(
     group: str,
     shares: Sequence[float],
-    mask_of: Callable[[float], UnitMask],
-    measure: Callable[[UnitMask], Effect],
+    removed: Callable[[float], Effect],
     accept: Callable[[Effect], bool],
 ) -> tuple[float, list[Trial]]:
     """Ablation search (paper, section 3.2): the largest share whose removal does what is expected.
 
-    Shares are tried from large to small and the first that ``accept`` takes is kept. Where none is
-    accepted the smallest is returned, and no trial in the trace is marked accepted.
+    Shares are tried from large to small, ``removed`` says what the removal of each does, and the
+    first that ``accept`` takes is kept. Where none is accepted the smallest is returned, and no
+    trial in the trace is marked accepted.
     """
     trials = []
     for share in sorted(shares, reverse=True):
-        effect = measure(mask_of(share))
+        effect = removed(share)
         trials.append(Trial(group, share, effect, accept(effect)))
         if trials[-1].accepted:
             break

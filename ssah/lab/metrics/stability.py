@@ -66,8 +66,7 @@ class Overlaps(Alone):
 def _groups(lab: Lab, found: tuple[Scores, Scores]) -> dict[str, UnitMask]:
     """The groups at the shares of the search, ESU with the top of CU, and the units of the highest
     I_S."""
-    kinds = lab.config.roles.redundant_kinds
-    roles = classify(lab.layout, *found, shares(lab), kinds)  # type: ignore[arg-type]
+    roles = classify(lab.layout, *found, shares(lab), lab.config.roles.redundant_kinds)
     masks = {group: roles.mask(group) for group in ("ESU", "EUU", "RU")}
     masks[CU6] = roles.select("ESU", "CU:6%")
     return masks | {BY_SAFETY: matched_by(lab.layout, masks["ESU"], found[0])}
