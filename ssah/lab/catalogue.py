@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from ..core.errors import SsahError, suggestion
-from ..scoring.selectors import RULES, Rank, matched_by, sized
+from ..core.store import Handle
+from ..scoring.selectors import RULES, Rank, matched_by, random_rank, sized
+from ..training.ablation import Mode
+from ..training.adapter import Adapter
 from ..training.lora import rank_for
 from ..training.part import EVERYTHING, Part
 from ..units.layout import UnitLayout
@@ -25,7 +28,7 @@ from .stages.attribution import activations, fitted, statistics, utility_scores
 from .stages.lessons import ATTACKS, MAIN_ATTACK
 from .stages.roles import classified, roles, shares, utility_roles
 from .stages.strength import attack_rate
-from .units_of import CU6, ESU, EUU, RU, RULED, RULED_ATTACKS, everything, group, matched, selection
+from .units_of import CU6, ESU, EUU, RU, RULED, RULED_ATTACKS, group, matched, selection
 
 NOTHING = "nothing"
 HEADS = "heads included"
@@ -97,8 +100,9 @@ def removed(
     lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", **columns: Any
 ) -> Arm:
     """The aligned model without some units."""
-    make = functools.cache(lambda: lab.aligned.ablated(mask()))
-    return Arm(make, method="removed", rule=rule, like=like, **columns)
+    return Arm(
+        lambda: lab.aligned.ablated(mask()), method="removed", rule=rule, like=like, **columns
+    )
 
 
 def removals(lab: Lab) -> list[Arm]:
@@ -110,13 +114,15 @@ def removals(lab: Lab) -> list[Arm]:
 
 def _all_removed(lab: Lab) -> list[Arm]:
     arms = [without(lab, name) for name in (ESU, EUU, RU)]
-    arms += [without_variation(lab, name) for name in (ESU, EUU, RU)]
-    arms += [without_context(lab, name) for name in (ESU, EUU, RU)]
-    arms += [without_harm(lab, name) for name in (ESU, RU)]
+    arms += [silenced(lab, n, mode) for mode in ("mean", "resample") for n in (ESU, EUU, RU)]
+    arms += [silenced(lab, name, "fitted") for name in (ESU, RU)]
     arms += [
         without_control(lab, "largest magnitude", ESU),
         without_control(lab, "smallest magnitude", RU),
-        with_redundant_heads(lab),
+        # Without the RU that there would be if heads could be redundant.
+        removed(
+            lab, RU, lambda: classified(lab, shares(lab), ["attn", "mlp"]).mask(RU), setting=HEADS
+        ),
     ]
     return arms
 
@@ -126,50 +132,35 @@ def without(lab: Lab, rule: str) -> Arm:
     return removed(lab, rule, lambda: group(lab, rule))
 
 
-def without_variation(lab: Lab, rule: str) -> Arm:
-    """With what a group says on average in its place."""
-
-    def make() -> Model:
-        return lab.aligned.ablated(group(lab, rule), "mean", statistics(lab, "utility"))
-
-    return Arm(functools.cache(make), method="removed", rule=rule, setting="mean")
-
-
-def without_context(lab: Lab, rule: str) -> Arm:
-    """With what a group said at random tokens of harmless answers in its place."""
-
-    def make() -> Model:
-        return lab.aligned.ablated(group(lab, rule), "resample", activations(lab))
-
-    return Arm(functools.cache(make), method="removed", rule=rule, setting="resampled")
+#: What is put in a removed group's place: what it says on average, what it said at random tokens
+#: of harmless answers, or the constant that does least harm to these. Mode -> setting, and source.
+INSTEAD: dict[Mode, tuple[str, Callable[[Lab, UnitMask], Handle]]] = {
+    "mean": ("mean", lambda lab, mask: statistics(lab, "utility")),
+    "resample": ("resampled", lambda lab, mask: activations(lab)),
+    "fitted": ("fitted", fitted),
+}
 
 
-def without_harm(lab: Lab, rule: str) -> Arm:
-    """With the constant in a group's place that does least harm to harmless answers."""
+def silenced(lab: Lab, rule: str, mode: Mode) -> Arm:
+    """With something in a group's place that has nothing to do with the text."""
+    setting, source = INSTEAD[mode]
 
     def make() -> Model:
         mask = group(lab, rule)
-        return lab.aligned.ablated(mask, "fitted", fitted(lab, mask))
+        return lab.aligned.ablated(mask, mode, source(lab, mask))
 
-    return Arm(functools.cache(make), method="removed", rule=rule, setting="fitted")
+    return Arm(make, method="removed", rule=rule, setting=setting)
 
 
 def without_control(lab: Lab, rule: str, like: str, draw: int | None = None) -> Arm:
     """Without as many heads and neurons by another rule."""
-
-    def mask() -> UnitMask:
-        return matched(lab, rule, group(lab, like), draw=draw or 0)
-
+    mask = functools.partial(_control, lab, rule, like, draw=draw)
     return removed(lab, rule, mask, like, draw=draw)
 
 
-def with_redundant_heads(lab: Lab) -> Arm:
-    """Without the RU that there would be if heads could be redundant."""
-
-    def mask() -> UnitMask:
-        return classified(lab, shares(lab), ["attn", "mlp"]).mask(RU)
-
-    return removed(lab, RU, mask, setting=HEADS)
+def _control(lab: Lab, rule: str, like: str, attack: str = "", draw: int | None = None) -> UnitMask:
+    """As many heads and neurons as a group has, by a rule."""
+    return matched(lab, rule, group(lab, like), attack, draw or 0)
 
 
 def swept(lab: Lab, rule: str, share: float, draw: int | None = None) -> Arm:
@@ -177,13 +168,11 @@ def swept(lab: Lab, rule: str, share: float, draw: int | None = None) -> Arm:
 
     def mask() -> UnitMask:
         ru = shares(lab).ru
-        sizes = {
-            ESU: Shares(ru, share, 0), EUU: Shares(ru, 0, share), RU: Shares(share, 0, 0),
-            "random": Shares(ru, share, 0),
-        }  # fmt: skip
+        sizes = {EUU: Shares(ru, 0, share), RU: Shares(share, 0, 0)}
+        found = classified(lab, sizes.get(rule, Shares(ru, share, 0)))
         if rule == "random":
-            return matched(lab, rule, classified(lab, sizes[rule]).mask(ESU), draw=draw or 0)
-        return classified(lab, sizes[rule]).mask(rule)
+            return matched(lab, rule, found.mask(ESU), draw=draw or 0)
+        return found.mask(rule)
 
     return removed(lab, rule, mask, setting=f"{100 * share:g} %", draw=draw)
 
@@ -206,7 +195,6 @@ def fine_tuned(
 ) -> list[Arm]:
     """An arm for each epoch of a fine-tuning that freezes some units, or none; ``rate`` is a part
     of the attack's learning rate."""
-    length = epochs or lab.config.finetune.epochs
     if epochs is not None:
         changes["epochs"] = epochs
 
@@ -217,14 +205,18 @@ def fine_tuned(
             changes["learning_rate"] = rate * attack_rate(lab)
         return lab.aligned.trained(attack, part, **changes)
 
+    return _each_epoch(
+        trained, epochs or lab.config.finetune.epochs,
+        method="frozen", rule=rule, like=like, attack=attack, setting=setting, draw=draw,
+    )  # fmt: skip
+
+
+def _each_epoch(trained: Callable[[], Model], epochs: int, **columns: Any) -> list[Arm]:
+    """An arm for each epoch of one training."""
     return [
-        Arm(
-            functools.partial(lambda e: trained().at(e), epoch),
-            method="frozen", rule=rule, like=like, attack=attack, epoch=epoch, setting=setting,
-            draw=draw,
-        )
-        for epoch in range(1, length + 1)
-    ]  # fmt: skip
+        Arm(functools.partial(lambda e: trained().at(e), epoch), epoch=epoch, **columns)
+        for epoch in range(1, epochs + 1)
+    ]
 
 
 def unfrozen(lab: Lab, attack: str) -> list[Arm]:
@@ -244,10 +236,7 @@ def with_frozen_control(
     lab: Lab, attack: str, rule: str, like: str, draw: int | None = None
 ) -> list[Arm]:
     """As many heads and neurons are frozen, by another rule."""
-
-    def mask() -> UnitMask:
-        return matched(lab, rule, group(lab, like), attack, draw or 0)
-
+    mask = functools.partial(_control, lab, rule, like, attack, draw)
     return fine_tuned(lab, attack, rule, mask, like=like, draw=draw)
 
 
@@ -280,10 +269,7 @@ def patched(lab: Lab, name: str) -> Arm:
 
 def patched_control(lab: Lab, like: str, draw: int) -> Arm:
     """The same with equally many random heads and neurons."""
-
-    def mask() -> UnitMask:
-        return matched(lab, "random", group(lab, like), draw=draw)
-
+    mask = functools.partial(_control, lab, "random", like, draw=draw)
     return _patched(lab, "random", mask, like, draw)
 
 
@@ -291,9 +277,8 @@ def _patched(
     lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", draw: int | None = None
 ) -> Arm:
     before = attacked_longest(lab)
-    make = functools.cache(lambda: before.model.patched(mask(), lab.aligned))
     columns = {"method": "patched", "rule": rule, "like": like, "draw": draw}
-    return Arm(make, **(before.columns() | columns))
+    return Arm(lambda: before.model.patched(mask(), lab.aligned), **(before.columns() | columns))
 
 
 # --- aligned through a part (Table 4; Figs 6, 9, 10) -----------------------------------------
@@ -304,18 +289,21 @@ def redundant(lab: Lab, share: float) -> UnitMask:
     return utility_roles(lab, GIVEN, share).mask(RU)
 
 
-def aligned_through(
-    lab: Lab,
-    rule: str,
-    part: Callable[[], Part],
-    *,
-    like: str = "",
-    setting: str = "",
-    **changes: Any,
+def _through_part(
+    rule: str, part: Callable[[], Part], like: str = "", setting: str = "", **changes: Any
 ) -> Arm:
     """The given model, aligned through a part of it."""
-    make = functools.cache(lambda: GIVEN.trained(REFUSALS, part(), **changes))
-    return Arm(make, "unaligned", "trained", rule, like, setting=setting)
+    return Arm(
+        lambda: GIVEN.trained(REFUSALS, part(), **changes),
+        "unaligned", "trained", rule, like, setting=setting,
+    )  # fmt: skip
+
+
+def _through(
+    rule: str, mask: Callable[[], UnitMask], like: str = "", setting: str = "", **changes: Any
+) -> Arm:
+    """The same through the units of a mask."""
+    return _through_part(rule, lambda: Part(train=mask()), like, setting, **changes)
 
 
 def attacked(lab: Lab, arm: Arm) -> Arm:
@@ -327,7 +315,7 @@ def attacked(lab: Lab, arm: Arm) -> Arm:
         return arm.model.trained(MAIN_ATTACK, EVERYTHING, 1, **changes)
 
     columns = arm.columns() | {"attack": MAIN_ATTACK, "epoch": 1}
-    return Arm(functools.cache(make), **columns)
+    return Arm(make, **columns)
 
 
 def budget_arms(lab: Lab) -> list[Arm]:
@@ -337,7 +325,7 @@ def budget_arms(lab: Lab) -> list[Arm]:
     arms = _named(_all_budget_arms(lab), experiment.aligned_through)
     for share in experiment.ru_shares:
         mask = functools.partial(redundant, lab, share)
-        arms.append(_through(lab, f"{RU} {100 * share:g} %", mask))
+        arms.append(_through(f"{RU} {100 * share:g} %", mask))
     return arms
 
 
@@ -355,14 +343,6 @@ LONGER = "twice the epochs"
 
 #: In as many epochs: fewer weights may need larger steps.
 FASTER = "3 x the rate"
-
-
-def _through(
-    lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", setting: str = "", **c: Any
-) -> Arm:
-    """Aligned through the units of a mask."""
-    part = functools.partial(lambda make: Part(train=make()), mask)
-    return aligned_through(lab, rule, part, like=like, setting=setting, **c)
 
 
 def _all_budget_arms(lab: Lab) -> list[Arm]:
@@ -389,14 +369,38 @@ def _all_budget_arms(lab: Lab) -> list[Arm]:
     }  # fmt: skip
     arms = [Arm(lambda: lab.aligned, "unaligned", "trained", ALL_UNITS)]
     for setting, changes in settings.items():
-        arms.append(_through(lab, RU, ru, "", setting, **changes))
-        arms.append(_through(lab, "random", random, RU, setting, **changes))
-    arms.append(_through(lab, "highest I_U", highest, RU))
-    arms.append(_through(lab, ALIGNED_ESU, lambda: group(lab, ESU)))
-    arms.append(_through(lab, "all heads", lambda: everything(lab, "heads")))
-    arms.append(aligned_through(lab, "LoRA", lambda: Part(rank=rank()), like=RU))
-    inside = aligned_through(lab, "LoRA inside RU", lambda: Part(train=ru(), rank=rank()), like=RU)
-    return [*arms, inside]
+        arms.append(_through(RU, ru, "", setting, **changes))
+        arms.append(_through("random", random, RU, setting, **changes))
+    return [
+        *arms,
+        _through("highest I_U", highest, RU),
+        _through(ALIGNED_ESU, lambda: group(lab, ESU)),
+        _through("all heads", lambda: sized(lab.layout, heads=1, neurons=0)),
+        _through_part("LoRA", lambda: Part(rank=rank()), RU),
+        _through_part("LoRA inside RU", lambda: Part(train=ru(), rank=rank()), RU),
+    ]
+
+
+# --- adapters, while the model's own weights stay as they are (Table 5) ----------------------
+
+
+def adapted(lab: Lab, attack: str) -> list[Arm]:
+    """The aligned model after one epoch of an attack through each adapter that the experiment
+    names, at each of its rates; those that peft lacks for its family are left out."""
+    found: list[Arm] = []
+    size = lab.config.adapters.batch_size
+    for name in lab.config.experiment.adapters.get(attack, []):
+        config = lab.config.adapters.methods[name]
+        adapter = Adapter(config.peft, config.blocks)
+        for rate in config.rates if adapter.fits(lab.skeleton) else ():
+            times = rate / config.rates[0]
+            make = functools.partial(
+                lab.aligned.trained, attack, adapter, epochs=1, learning_rate=rate, batch_size=size
+            )
+            setting = "" if times == 1 else f"{times:g} x the rate"
+            arm = Arm(make, method="adapted", rule=name, attack=attack, epoch=1, setting=setting)
+            found.append(arm)
+    return found
 
 
 # --- conditions (fig_conditions) -------------------------------------------------------------
@@ -444,7 +448,7 @@ def _all_conditions(lab: Lab) -> list[Arm]:
         arm(rule, by_rule(rule, wide), wider, "ESU + CU")
         for rule in ("random", *ranked, "gradient conflict")
     ]
-    arms.append(arm("all heads", lambda: everything(lab, "heads")))
+    arms.append(arm("all heads", lambda: sized(lab.layout, heads=1, neurons=0)))
     unusual: dict[str, dict[str, Any]] = {
         "embeddings trained": {"train_embeddings": True}, LOWER: {"rate": 0.4},
     }  # fmt: skip
@@ -482,8 +486,7 @@ def _value_path(lab: Lab, channels: Callable[[], Roles]) -> dict[str, Callable[[
         return mask
 
     def chance() -> Rank:
-        generator = torch.Generator().manual_seed(1000 * lab.seed)
-        return layout().split(torch.rand(layout().units, generator=generator))
+        return random_rank(layout(), 1000 * lab.seed)
 
     def difference() -> Rank:
         return channels().difference
@@ -521,13 +524,10 @@ def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
             changes: dict[str, Any] = {"epochs": epochs} if epochs == 1 else {}
             return GIVEN.trained(attack, part(), **changes)
 
-        return [
-            Arm(
-                functools.partial(lambda e: trained().at(e), epoch),
-                "unaligned", "trained", rule, like, attack, epoch, "learns harmless rows",
-            )
-            for epoch in range(1, epochs + 1)
-        ]  # fmt: skip
+        return _each_epoch(
+            trained, epochs, base="unaligned", method="trained", rule=rule, like=like,
+            attack=attack, setting="learns harmless rows",
+        )  # fmt: skip
 
     long = lab.config.finetune.epochs
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,11 +90,7 @@ def collect(lab: Lab, measures: Sequence[Measure]) -> None:
     more is asked about it or about what is made of it, unless it is the aligned one."""
     asked = questions(measures)
     todo = sorted(asked, key=lambda arm: _order(lab, arm.model))
-    left: dict[str, int] = {}
-    for arm in todo:
-        for trained in trainings(arm.model):
-            key = lab.training(trained).key
-            left[key] = left.get(key, 0) + 1
+    left = Counter(lab.training(t).key for arm in todo for t in trainings(arm.model))
     for arm in todo:
         for metric, on in asked[arm]:
             METRICS[metric](lab, arm.model, on)

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from ..core.errors import SsahError, suggestion
-from ..scoring.selectors import RULES, Rank, matched_by, sized
+from ..scoring.selectors import RULES, Rank, matched_by
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
@@ -99,11 +99,6 @@ def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int =
     if rule not in RULES:
         raise SsahError(f"There is no rule '{rule}'{suggestion(rule, list(RULES))}")
     return matched_by(lab.layout, target, RULES[rule](_Evidence(lab, target, attack, draw)))
-
-
-def everything(lab: Lab, kind: str) -> UnitMask:
-    """All heads, or all neurons."""
-    return sized(lab.layout, heads=float(kind == "heads"), neurons=float(kind == "neurons"))
 
 
 def of_safety_layers(lab: Lab) -> UnitMask:

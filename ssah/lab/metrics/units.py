@@ -13,7 +13,7 @@ from ...units.families import BlockKind
 from ...units.layout import UnitLayout
 from ...units.roles import GROUPS, Roles, transfer
 from ..lab import Lab
-from ..samples import Alone, Counted, Found, Sample
+from ..samples import Alone, Found, Sample, counted, exact
 from ..specs import GIVEN, Ablate, Model, Patch, Train
 from ..stages.criteria import safety_layers
 from ..stages.roles import Rule, roles, roles_after, shares, trials, utility_roles
@@ -42,14 +42,11 @@ def _units(lab: Lab, model: Model, on: str) -> Sample:
     layout = lab.layout if mask is None else lab.layout_of(mask.unit_kind)
     mask = layout.none() if mask is None else mask
     weights = layout.weights(mask) / layout.parameters
-    return Counted(
-        {
-            "units": (100 * mask.share(), layout.units),
-            "weights": (100 * weights, layout.units),
-            "heads": (mask.count("attn"), layout.units),
-            "neurons": (mask.count("mlp"), layout.units),
-        }
-    )
+    found = {
+        "units": 100 * mask.share(), "weights": 100 * weights,
+        "heads": mask.count("attn"), "neurons": mask.count("mlp"),
+    }  # fmt: skip
+    return Alone("Counted", counted, {name: (n, layout.units) for name, n in found.items()})
 
 
 def _search(lab: Lab, model: Model, on: str) -> Sample:
@@ -62,22 +59,16 @@ def _search(lab: Lab, model: Model, on: str) -> Sample:
         name = f"{step.group} criterion met"
         met = step.accepted or found.get(name, (0.0, 0))[0] > 0
         found[name] = (float(met), len(steps))
-    return Counted(found)
+    return Alone("Counted", counted, found)
 
 
-@dataclass(frozen=True)
-class RoleMap(Alone):
+def _role_map(layout: UnitLayout, found: Roles) -> Found:
     """The share of each group among a block's units."""
-
-    layout: UnitLayout
-    roles: Roles
-
-    def rows(self) -> Found:
-        for group in GROUPS:
-            mask = self.roles.mask(group)
-            for block in self.layout.blocks:
-                share = proportion(mask[block.name].tolist()).scaled(100)
-                yield {"metric": group, "set": block.kind, "block": block.layer}, share, None
+    for group in GROUPS:
+        mask = found.mask(group)
+        for block in layout.blocks:
+            share = proportion(mask[block.name].tolist()).scaled(100)
+            yield {"metric": group, "set": block.kind, "block": block.layer}, share, None
 
 
 @dataclass(frozen=True)
@@ -133,38 +124,23 @@ def _transfer_of_alignment(lab: Lab, model: Model, on: str) -> Sample:
     return Moves(before, {"quantiles": after}, SCOPES, BEFORE_ALIGNMENT)
 
 
-@dataclass(frozen=True)
-class Layers(Alone):
+def _layers(gap: Sequence[float], chosen: range) -> Found:
     """The angular gap after each block, and the blocks that are safety layers."""
-
-    gap: Sequence[float]
-    chosen: range  #: from 0
-
-    def rows(self) -> Found:
-        for block, degrees in enumerate(self.gap, 1):
-            gap = Estimate(degrees, degrees, degrees, len(self.gap))
-            yield {"metric": "angular gap", "block": block}, gap, None
-        yield from Counted(
-            {
-                FIRST_LAYER: (self.chosen[0] + 1, len(self.gap)),
-                LAST_LAYER: (self.chosen[-1] + 1, len(self.gap)),
-            }
-        ).rows()
+    for block, degrees in enumerate(gap, 1):
+        yield {"metric": "angular gap", "block": block}, exact(degrees, len(gap)), None
+    ends = {FIRST_LAYER: chosen[0], LAST_LAYER: chosen[-1]}  # from 0
+    yield from counted({name: (block + 1, len(gap)) for name, block in ends.items()})
 
 
 #: Which blocks are safety layers, counted from 1.
 FIRST_LAYER, LAST_LAYER = "first safety layer", "last safety layer"
 
 
-def _safety_layers(lab: Lab, model: Model, on: str) -> Sample:
-    return Layers(*safety_layers(lab))
-
-
 UNITS: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "units": _units,
     "search": _search,
-    "safety layers": _safety_layers,
-    "roles": lambda lab, model, on: RoleMap(lab.layout, roles(lab)),
+    "safety layers": lambda lab, model, on: Alone("Layers", _layers, *safety_layers(lab)),
+    "roles": lambda lab, model, on: Alone("RoleMap", _role_map, lab.layout, roles(lab)),
     "transfer": _transfer,
     "transfer of alignment": _transfer_of_alignment,
 }
