@@ -25,9 +25,8 @@ from .metrics.behaviour import ASKED, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.attribution import activations, fitted, statistics, utility_scores
-from .stages.lessons import ATTACKS, MAIN_ATTACK
+from .stages.lessons import ATTACKS, MAIN_ATTACK, attack_rate
 from .stages.roles import classified, roles, shares, utility_roles
-from .stages.strength import attack_rate
 from .units_of import CU6, ESU, EUU, RU, RULED, RULED_ATTACKS, group, matched, selection
 
 NOTHING = "nothing"

@@ -29,8 +29,7 @@ from ..samples import (
 )
 from ..specs import Model, Train
 from ..stages.answers import completions
-from ..stages.lessons import heldout, lesson
-from ..stages.strength import attack_rate, rises
+from ..stages.lessons import attack_rate, heldout, lesson, rises
 from ..stages.utility import attack_losses, drift, held_out_texts, task_outcomes
 
 #: Prompts as tables call them -> the set; ASR is of the evaluation prompts where nothing is said.
