@@ -27,7 +27,20 @@ from .specs import GIVEN, REFUSALS, Model
 from .stages.attribution import activations, fitted, statistics, utility_scores
 from .stages.lessons import ATTACKS, MAIN_ATTACK, attack_rate
 from .stages.roles import classified, roles, shares, utility_roles
-from .units_of import CU6, ESU, EUU, RU, RULED, RULED_ATTACKS, group, matched, selection
+from .units_of import (
+    CU6,
+    ESU,
+    EUU,
+    RU,
+    RULED,
+    RULED_ATTACKS,
+    SAFETY_LAYERS,
+    esu_and_cu,
+    group,
+    matched,
+    of_safety_layers,
+    selection,
+)  # fmt: skip
 
 NOTHING = "nothing"
 HEADS = "heads included"
@@ -247,6 +260,57 @@ def frozen_groups(lab: Lab, attack: str) -> list[str]:
 def by_the_papers_rule(arms: list[Arm]) -> Arm:
     """One epoch where nothing is frozen, twice as many for the rest (paper, section 4.2)."""
     return arms[0] if arms[0].rule == NOTHING else arms[-1]
+
+
+# --- what other papers' rules select is frozen, at the sizes of Tables 7 to 10 ---------------
+
+
+def ruled(lab: Lab, attack: str, name: str) -> list[Arm]:
+    """What a rule of :data:`ssah.lab.units_of.RULED` selects is frozen."""
+    rule, size = RULED[name]
+
+    def mask() -> UnitMask:
+        target = _as_large(lab, size)
+        return target if size is None else matched(lab, rule, target, attack)
+
+    return fine_tuned(lab, attack, rule, mask, setting=_setting(size))
+
+
+def ruled_control(lab: Lab, attack: str, name: str, draw: int) -> list[Arm]:
+    """As many random heads and neurons are frozen: the same for all rules of one size."""
+
+    def mask() -> UnitMask:
+        return matched(lab, "random", _as_large(lab, RULED[name][1]), draw=draw)
+
+    rule, like, setting = control_name(name)
+    return fine_tuned(lab, attack, rule, mask, like=like, draw=draw, setting=setting)
+
+
+def control_name(name: str) -> tuple[str, str, str]:
+    """What a rule's random controls are called: rule, like and setting."""
+    _, size = RULED[name]
+    return "random", SAFETY_LAYERS if size is None else "", _setting(size)
+
+
+def ours(lab: Lab, attack: str, name: str) -> list[Arm]:
+    """What the paper sets against a rule: ESU + 6 % CU; against safety layers the ESU, and CU until
+    there are as many units."""
+    if name != SAFETY_LAYERS:
+        return with_frozen(lab, attack, CU6)
+
+    def mask() -> UnitMask:
+        return esu_and_cu(lab, of_safety_layers(lab).count())
+
+    return fine_tuned(lab, attack, "ESU + CU", mask, like=SAFETY_LAYERS)
+
+
+def _as_large(lab: Lab, size: float | None) -> UnitMask:
+    """Some mask of a size: that share of heads and of neurons, or the safety layers."""
+    return of_safety_layers(lab) if size is None else sized(lab.layout, size, size)
+
+
+def _setting(size: float | None) -> str:
+    return "" if size is None else f"{100 * size:g} %"
 
 
 # --- patched (fig_sufficiency) ---------------------------------------------------------------

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..core.errors import SsahError, suggestion
 from ..training.defences import DEFENCES, Defence
-from ..units.mask import UnitMask
 from . import catalogue
 from .arms import Arm
 from .lab import Lab
@@ -88,9 +87,7 @@ def longer(lab: Lab) -> list[Arm]:
 def defended(lab: Lab, attack: str, name: str, strength: float, epochs: int = 1) -> list[Arm]:
     """An arm for each epoch of a fine-tuning under a defence."""
     kind, units = _kind(name)
-    mask: Callable[[], UnitMask] | None = None
-    if units is not None:
-        mask = functools.partial(group, lab, units)
+    mask = functools.partial(group, lab, units) if units is not None else None
     found = catalogue.fine_tuned(
         lab, attack, name, mask, setting=setting(name, strength, epochs), epochs=epochs,
         defence=Defended(kind.name, strength),

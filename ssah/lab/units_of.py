@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import cast
 
 import torch
 
 from ..core.errors import SsahError, suggestion
-from ..scoring.selectors import RULES, Rank, matched_by
-from ..units.layout import UnitLayout
+from ..scoring.selectors import RULES, Evidence, matched_by
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
 from .lab import Lab
-from .stages.attribution import Purpose
 from .stages.criteria import conflict, fisher, impact, places, safety_layers, weights_of_units
 from .stages.lessons import lesson
 from .stages.roles import roles
@@ -61,36 +58,6 @@ def selection(name: str) -> list[str]:
     return parts
 
 
-class _Evidence:
-    """What the rules may look at, of one lab."""
-
-    def __init__(self, lab: Lab, target: UnitMask, attack: str, draw: int):
-        self.lab, self.target, self.attack = lab, target, attack
-        self.layout: UnitLayout = lab.layout
-        self.seed = 1000 * lab.seed + draw
-
-    def magnitude(self) -> Rank:
-        return weights_of_units(self.lab, "magnitude")
-
-    def moved(self) -> Rank:
-        return weights_of_units(self.lab, "moved")
-
-    def difference(self) -> Rank:
-        return roles(self.lab).difference
-
-    def conflict(self) -> Rank:
-        return conflict(self.lab, lesson(self.lab, self.attack))
-
-    def places(self, prompts: str) -> Rank:
-        return places(self.lab, cast(Purpose, prompts))
-
-    def impact(self) -> Rank:
-        return impact(self.lab)
-
-    def fisher(self) -> Rank:
-        return fisher(self.lab)
-
-
 def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int = 0) -> UnitMask:
     """As many heads and neurons as ``target``, by a rule of :data:`ssah.scoring.selectors.RULES`.
 
@@ -98,7 +65,19 @@ def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int =
     """
     if rule not in RULES:
         raise SsahError(f"There is no rule '{rule}'{suggestion(rule, list(RULES))}")
-    return matched_by(lab.layout, target, RULES[rule](_Evidence(lab, target, attack, draw)))
+    evidence = Evidence(
+        lab.layout,
+        target,
+        seed=1000 * lab.seed + draw,
+        magnitude=lambda: weights_of_units(lab, "magnitude"),
+        moved=lambda: weights_of_units(lab, "moved"),
+        difference=lambda: roles(lab).difference,
+        conflict=lambda: conflict(lab, lesson(lab, attack)),
+        places=lambda prompts: places(lab, prompts),
+        impact=lambda: impact(lab),
+        fisher=lambda: fisher(lab),
+    )
+    return matched_by(lab.layout, target, RULES[rule](evidence))
 
 
 def of_safety_layers(lab: Lab) -> UnitMask:

@@ -8,7 +8,8 @@ its target in *which* units it takes and in nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,33 +22,21 @@ from ..units.mask import UnitMask
 Rank = dict[str, Tensor]
 
 
-class Evidence(Protocol):
+@dataclass(frozen=True)
+class Evidence:
     """What a rule may look at; each is computed when it is asked for."""
 
     layout: UnitLayout
     target: UnitMask  #: whose numbers of heads and neurons are wanted
     seed: int  #: of what is drawn
-
-    def magnitude(self) -> Rank:
-        """:func:`magnitude` of the aligned model."""
-
-    def moved(self) -> Rank:
-        """:func:`moved`, from the given model to the aligned one."""
-
-    def difference(self) -> Rank:
-        """I_S - I_U."""
-
-    def conflict(self) -> Rank:
-        """:func:`ssah.scoring.conflict.gradient_conflict`."""
-
-    def places(self, prompts: str) -> Rank:
-        """:func:`ssah.scoring.contributions.places` on ``safety`` or ``utility`` prompts."""
-
-    def impact(self) -> Rank:
-        """:func:`ssah.scoring.sensitivity.expected_impact` on refusals."""
-
-    def fisher(self) -> Rank:
-        """:func:`ssah.scoring.sensitivity.fisher_information` of refusals."""
+    magnitude: Callable[[], Rank]  #: :func:`magnitude` of the aligned model
+    moved: Callable[[], Rank]  #: :func:`moved`, from the given model to the aligned one
+    difference: Callable[[], Rank]  #: I_S - I_U
+    conflict: Callable[[], Rank]  #: :func:`ssah.scoring.conflict.gradient_conflict`
+    #: :func:`ssah.scoring.contributions.places` on ``safety`` or ``utility`` prompts
+    places: Callable[[Literal["safety", "utility"]], Rank]
+    impact: Callable[[], Rank]  #: :func:`ssah.scoring.sensitivity.expected_impact` on refusals
+    fisher: Callable[[], Rank]  #: :func:`ssah.scoring.sensitivity.fisher_information` of refusals
 
 
 def random_rank(layout: UnitLayout, seed: int) -> Rank:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssah.scoring.search import Effect, search_share
+from ssah.lab.stages.roles import Effect, search_share
 from ssah.units.layout import Block, UnitLayout
 from ssah.units.mask import UnitMask
 from ssah.units.roles import GROUPS, Roles, Shares, classify
