@@ -25,22 +25,13 @@ from .metrics.behaviour import ASKED, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.attribution import activations, fitted, statistics, utility_scores
+from .stages.criteria import safety_layers
 from .stages.lessons import ATTACKS, MAIN_ATTACK, attack_rate
 from .stages.roles import classified, roles, shares, utility_roles
-from .units_of import (
-    CU6,
-    ESU,
-    EUU,
-    RU,
-    RULED,
-    RULED_ATTACKS,
-    SAFETY_LAYERS,
-    esu_and_cu,
-    group,
-    matched,
-    of_safety_layers,
-    selection,
-)  # fmt: skip
+from .units_of import CU6, ESU, EUU, RU, RULED, SAFETY_LAYERS, group, matched, selection
+
+#: Attacks that the paper compares other papers' rules in.
+RULED_ATTACKS = ("instructions", "arithmetic")
 
 NOTHING = "nothing"
 HEADS = "heads included"
@@ -299,14 +290,25 @@ def ours(lab: Lab, attack: str, name: str) -> list[Arm]:
         return with_frozen(lab, attack, CU6)
 
     def mask() -> UnitMask:
-        return esu_and_cu(lab, of_safety_layers(lab).count())
+        return esu_and_cu(lab, _as_large(lab, None).count())
 
     return fine_tuned(lab, attack, "ESU + CU", mask, like=SAFETY_LAYERS)
 
 
+def esu_and_cu(lab: Lab, count: int) -> UnitMask:
+    """The ESU, and CU by I_S - I_U until there are so many units."""
+    found = roles(lab)
+    esu = found.mask(ESU)
+    return esu | found.top("CU", max(count - esu.count(), 0) / lab.layout.units)
+
+
 def _as_large(lab: Lab, size: float | None) -> UnitMask:
-    """Some mask of a size: that share of heads and of neurons, or the safety layers."""
-    return of_safety_layers(lab) if size is None else sized(lab.layout, size, size)
+    """Some mask of a size: that share of heads and of neurons, or all units of safety layers."""
+    if size is not None:
+        return sized(lab.layout, size, size)
+    _, layers = safety_layers(lab)
+    chosen = [torch.full((b.units,), b.layer in layers) for b in lab.layout.blocks]
+    return lab.layout.mask(torch.cat(chosen))
 
 
 def _setting(size: float | None) -> str:

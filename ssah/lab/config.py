@@ -380,18 +380,11 @@ def _made_absolute(key: str, value: Any) -> Any:
     """A value with the paths in it made absolute, where its key is one that names files."""
     if isinstance(value, dict) and re.fullmatch(r"data\.files(\.\w+)?", key):
         return {name: _made_absolute(f"{key}.{name}", part) for name, part in value.items()}
-    if re.fullmatch(r"model\.source|data\.files\.\w+(\.path)?", key) and _is_relative(value):
-        return str(Path(value).absolute())
-    return value
-
-
-def _is_relative(path: Any) -> bool:
-    return (
-        isinstance(path, str)
-        and path not in ("embedded", "tiny")
-        and not Path(path).is_absolute()
-        and Path(path).exists()
-    )
+    named = re.fullmatch(r"model\.source|data\.files\.\w+(\.path)?", key)
+    if not named or not isinstance(value, str) or value in ("embedded", "tiny"):
+        return value
+    path = Path(value)
+    return value if path.is_absolute() or not path.exists() else str(path.absolute())
 
 
 def _quoted(value: Any) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 
-import torch
-
 from ..core.errors import SsahError, suggestion
 from ..scoring.selectors import RULES, Evidence, matched_by
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
 from .lab import Lab
-from .stages.criteria import conflict, fisher, impact, places, safety_layers, weights_of_units
+from .stages.criteria import conflict, fisher, impact, places, weights_of_units
 from .stages.lessons import lesson
 from .stages.roles import roles
 
@@ -31,9 +29,6 @@ RULED: dict[str, tuple[str, float | None]] = {
     },
     SAFETY_LAYERS: (SAFETY_LAYERS, None),
 }
-
-#: Attacks that the paper compares them in.
-RULED_ATTACKS = ("instructions", "arithmetic")
 
 
 def group(lab: Lab, name: str) -> UnitMask:
@@ -78,17 +73,3 @@ def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int =
         fisher=lambda: fisher(lab),
     )
     return matched_by(lab.layout, target, RULES[rule](evidence))
-
-
-def of_safety_layers(lab: Lab) -> UnitMask:
-    """All units of the safety layers."""
-    _, blocks = safety_layers(lab)
-    chosen = [torch.full((b.units,), b.layer in blocks) for b in lab.layout.blocks]
-    return lab.layout.mask(torch.cat(chosen))
-
-
-def esu_and_cu(lab: Lab, count: int) -> UnitMask:
-    """The ESU, and CU by I_S - I_U until there are so many units."""
-    found = roles(lab)
-    esu = found.mask(ESU)
-    return esu | found.top("CU", max(count - esu.count(), 0) / lab.layout.units)

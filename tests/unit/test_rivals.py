@@ -21,7 +21,7 @@ from ssah.lab.stages.criteria import (
     places,
     safety_layers,
 )
-from ssah.lab.units_of import CU6, ESU, RULED, SAFETY_LAYERS, esu_and_cu, group, matched
+from ssah.lab.units_of import CU6, ESU, RULED, SAFETY_LAYERS, group, matched
 from ssah.units.mask import UnitMask
 from ssah.units.roles import GROUPS
 
@@ -113,9 +113,9 @@ def test_safety_layers_are_whole_blocks_and_the_papers_units_as_many(lab):
 
 
 def test_where_there_are_fewer_cu_than_asked_for_it_is_said(lab):
-    assert esu_and_cu(lab, 3) == group(lab, ESU), "never fewer than the ESU"
+    assert catalogue.esu_and_cu(lab, 3) == group(lab, ESU), "never fewer than the ESU"
     with pytest.raises(ValueError, match=f"more than {GROUPS[-1]} has"):
-        esu_and_cu(lab, lab.layout.units)
+        catalogue.esu_and_cu(lab, lab.layout.units)
 
 
 def test_units_on_which_refusals_depend_most_are_taken(lab):
