@@ -26,7 +26,7 @@ from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
 from .stages.attribution import activations, fitted, statistics, utility_scores
 from .stages.criteria import safety_layers
-from .stages.lessons import ATTACKS, MAIN_ATTACK, attack_rate
+from .stages.lessons import ATTACKS, MAIN_ATTACK, attack_rate, available_attacks
 from .stages.roles import classified, roles, shares, utility_roles
 from .units_of import CU6, ESU, EUU, RU, RULED, SAFETY_LAYERS, group, matched, selection
 
@@ -600,3 +600,30 @@ def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
         arm(RU, "", lambda: Part(train=ru()), long),
         arm("random", RU, lambda: Part(train=matched(lab, "random", ru())), long),
     ]
+
+
+# --- of all of these, those whose verdicts are counted and whose completions are read ---------
+
+
+def headline(lab: Lab) -> list[Arm]:
+    """Every headline arm of Tables 1, 2, 4 and 13."""
+    arms = [whole(lab), *unaligned(lab)]
+    if lab.config.model.use == "everything":
+        arms += _changed(lab)
+    if lab.config.align.enabled:
+        through = budget_arms(lab)
+        arms += [arm for arm in through if arm.rule != ALL_UNITS and not arm.setting]
+    return arms
+
+
+def _changed(lab: Lab) -> list[Arm]:
+    """The aligned model without some units, and after each attack."""
+    arms = [without(lab, name) for name in (ESU, RU, EUU)]
+    arms.append(without_control(lab, "random", ESU, 0))
+    for attack in available_attacks(lab):
+        arms += unfrozen(lab, attack)
+        for name in frozen_groups(lab, attack):
+            arms += with_frozen(lab, attack, name)
+        if attack == MAIN_ATTACK:
+            arms += with_frozen_control(lab, attack, "random", CU6, 0)
+    return arms

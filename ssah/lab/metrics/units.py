@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...evaluate.stats import Estimate, paired_difference, paired_p_value, proportion
+from ...evaluate.stats import paired_difference, paired_p_value, proportion
 from ...training.part import Part
 from ...units.families import BlockKind
 from ...units.layout import UnitLayout
@@ -77,17 +77,17 @@ class Moves:
 
     before: Roles
     after: Mapping[Rule, Roles]
-    scopes: Mapping[str, BlockKind | None]
     sources: Mapping[str, str]  #: name of a group before -> its label
 
     def rows(self) -> Found:
         for rule, now in self.after.items():
-            for scope, kind in self.scopes.items():
+            for scope, kind in SCOPES.items():
                 counts = transfer(self.before, now, kind)
                 total = int(counts.sum())
                 for name, label in self.sources.items():
                     for j, target in enumerate(GROUPS):
-                        share = _share(int(counts[GROUPS.index(label), j]), total)
+                        moved = int(counts[GROUPS.index(label), j])
+                        share = proportion([i < moved for i in range(total)]).scaled(100)
                         yield {"metric": f"{name}->{target}", "set": scope, "at": rule}, share, None
             for target in GROUPS if "ESU" in self.sources else ():
                 share = proportion(self._among_esu(rule, target)).scaled(100)
@@ -106,22 +106,18 @@ class Moves:
         return torch.cat([now[name][was[name]] for name in was]).tolist()
 
 
-def _share(k: int, total: int) -> Estimate:
-    return proportion([True] * k + [False] * (total - k)).scaled(100)
-
-
 def _transfer(lab: Lab, model: Model, on: str) -> Sample:
     """Groups before and after, from the aligned model's own."""
     again = int(on == OTHER_PROMPTS)
     after = {rule: roles_after(lab, model, rule, again) for rule in RULES}
-    return Moves(roles(lab), after, SCOPES, {group: group for group in GROUPS})
+    return Moves(roles(lab), after, {group: group for group in GROUPS})
 
 
 def _transfer_of_alignment(lab: Lab, model: Model, on: str) -> Sample:
     """Groups of the given model, as many RU as the search kept, and those after an alignment."""
     before = utility_roles(lab, GIVEN, shares(lab).ru)
     after = roles(lab) if model == lab.aligned else roles_after(lab, model, "quantiles")
-    return Moves(before, {"quantiles": after}, SCOPES, BEFORE_ALIGNMENT)
+    return Moves(before, {"quantiles": after}, BEFORE_ALIGNMENT)
 
 
 def _layers(gap: Sequence[float], chosen: range) -> Found:
