@@ -11,7 +11,7 @@ import pandas as pd
 from rich.table import Table
 
 from ..artefacts import ARTEFACTS
-from ..core.errors import SsahError, suggestion
+from ..core.errors import SsahError, require_known
 from ..core.paths import home, results_root
 from ..core.store import Store
 from ..data.assets import EMBEDDED, fetch, inventory
@@ -186,8 +186,7 @@ def read(arm: str | None, count: int, profile: str, overrides: list[str]) -> Non
     if arm is None:
         print("\n".join(arms))
         return
-    if arm not in arms:
-        raise SsahError(f"There is no arm '{arm}'{suggestion(arm, list(arms))}")
+    require_known(arm, arms, "There is no arm")
     collect(lab, [Measure(arms[arm], "ASR")])
     found = said(lab, arms[arm].model, "")
     for completion in random.sample(found, min(count, len(found))):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import SsahError, suggestion
+from ..core.errors import require_known
 from ..core.store import Handle
 from ..scoring.selectors import RULES, Rank, matched_by, random_rank, sized
 from ..training.ablation import Mode
@@ -72,9 +72,7 @@ def check(lab: Lab) -> None:
         ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
     ):
         for name in names:
-            if name not in valid:
-                known = suggestion(name, list(valid))
-                raise SsahError(f"experiment.{key}: there is no '{name}'{known}")
+            require_known(name, valid, f"experiment.{key}: there is no")
     for name in (*frozen, *experiment.patched):
         if name not in RULES or name in experiment.patched:
             selection(name)
@@ -349,6 +347,7 @@ def _patched(
 # --- aligned through a part (Table 4; Figs 6, 9, 10) -----------------------------------------
 
 
+@functools.cache
 def redundant(lab: Lab, share: float) -> UnitMask:
     """The RU of the given model."""
     return utility_roles(lab, GIVEN, share).mask(RU)
@@ -413,10 +412,7 @@ FASTER = "3 x the rate"
 def _all_budget_arms(lab: Lab) -> list[Arm]:
     """Every arm of Table 4 that has a name."""
     config = lab.config.align
-
-    @functools.cache
-    def ru() -> UnitMask:
-        return redundant(lab, lab.config.experiment.ru_share)
+    ru = functools.partial(redundant, lab, lab.config.experiment.ru_share)
 
     def random() -> UnitMask:
         return matched(lab, "random", ru())
@@ -485,13 +481,12 @@ def _all_conditions(lab: Lab) -> list[Arm]:
 
     ``setting`` says the budget, or what is unusual.
     """
-    esu_share = functools.cache(lambda: shares(lab).esu)
 
     def narrow() -> UnitMask:
         return group(lab, CU6)
 
     def wide() -> UnitMask:
-        return roles(lab).select(ESU, f"CU:{100 * (WIDER - esu_share())}%")
+        return roles(lab).select(ESU, f"CU:{100 * (WIDER - shares(lab).esu)}%")
 
     def arm(
         rule: str, mask: Callable[[], UnitMask] | None, setting: str = "", like: str = "", **c: Any
@@ -550,16 +545,13 @@ def _value_path(lab: Lab, channels: Callable[[], Roles]) -> dict[str, Callable[[
 
         return mask
 
-    def chance() -> Rank:
-        return random_rank(layout(), 1000 * lab.seed)
-
     def difference() -> Rank:
         return channels().difference
 
     return {
         "value-output path": lambda: sized(layout(), heads=1, neurons=0),
         "half of it, highest I_S - I_U": half(difference, -1),
-        "half of it, random": half(chance, 1),
+        "half of it, random": half(lambda: random_rank(layout(), 1000 * lab.seed), 1),
         "half of it, lowest I_S - I_U": half(difference, 1),
     }
 
@@ -578,10 +570,7 @@ def _by_value_row(layout: UnitLayout, rank: Rank) -> Rank:
 def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
     """The paper's alignment: the given model learns from harmless rows, by the paper's rule for
     the number of epochs."""
-
-    @functools.cache
-    def ru() -> UnitMask:
-        return redundant(lab, lab.config.experiment.ru_share)
+    ru = functools.partial(redundant, lab, lab.config.experiment.ru_share)
 
     def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
         @functools.cache

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-from ..core.errors import SsahError, suggestion
+from ..core.errors import SsahError, require_known
 from ..training.defences import DEFENCES, Defence
 from . import catalogue
 from .arms import Arm
@@ -25,9 +25,7 @@ COMBINED = {"mixing_and_frozen": ("mixing", CU6)}
 def require_strengths(chosen: Mapping[str, Sequence[float]]) -> None:
     """Raise :class:`SsahError` for a name that is no defence, or a strength that it cannot have."""
     for name, strengths in chosen.items():
-        if name not in DEFENCES and name not in COMBINED:
-            known = suggestion(name, [*DEFENCES, *COMBINED])
-            raise SsahError(f"experiment.defences: there is no '{name}'{known}")
+        require_known(name, [*DEFENCES, *COMBINED], "experiment.defences: there is no")
         if not strengths:
             raise SsahError(
                 f"experiment.defences.{name} is empty: name strengths, the recommended one first, "

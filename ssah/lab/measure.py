@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.errors import SsahError, suggestion
+from ..core.errors import require_known
 from ..core.store import NotBuilt
 from .arms import Arm
 from .lab import Lab
@@ -39,9 +39,7 @@ class Measure:
     against_on: str | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            valid = list(METRICS)
-            raise SsahError(f"There is no metric '{self.metric}'{suggestion(self.metric, valid)}")
+        require_known(self.metric, METRICS, "There is no metric")
         if (self.against is None) != (self.than == ""):
             raise ValueError("A comparison says with which arm, and what that is called.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..core.errors import SsahError, suggestion
+from ..core.errors import SsahError, require_known
 from ..scoring.selectors import RULES, Evidence, matched_by
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
@@ -58,8 +58,7 @@ def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int =
 
     ``attack`` is for rules that look at the rows to be trained on, ``draw`` for those that draw.
     """
-    if rule not in RULES:
-        raise SsahError(f"There is no rule '{rule}'{suggestion(rule, list(RULES))}")
+    require_known(rule, RULES, "There is no rule")
     evidence = Evidence(
         lab.layout,
         target,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from ...core.errors import SsahError, suggestion
+from ...core.errors import SsahError, require_known
 from ...data.rows import Row
 from ...evaluate import judges
 from ...evaluate.judges import VERDICTS, Completion, attack_success, not_refused, refused
@@ -88,8 +88,7 @@ def jailbroken(lab: Lab) -> str:
 
 
 def _set_of(on: str) -> str:
-    if on not in PROMPTS:
-        raise SsahError(f"There are no prompts '{on}'{suggestion(on, list(PROMPTS))}")
+    require_known(on, PROMPTS, "There are no prompts")
     return PROMPTS[on]
 
 

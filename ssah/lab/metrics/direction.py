@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ...core.errors import SsahError, suggestion
+from ...core.errors import require_known
 from ...evaluate.probes import Probe, lean, margin, onset
 from ...evaluate.stats import Estimate, auroc, crossed_mean, rank_correlation
 from ..lab import Lab
@@ -21,8 +21,7 @@ EVERY = "all tokens"
 
 
 def _set_of(on: str) -> str:
-    if on not in QUERIES:
-        raise SsahError(f"There are no queries '{on}'{suggestion(on, list(QUERIES))}")
+    require_known(on, QUERIES, "There are no queries")
     return QUERIES[on]
 
 
