@@ -347,7 +347,6 @@ def _patched(
 # --- aligned through a part (Table 4; Figs 6, 9, 10) -----------------------------------------
 
 
-@functools.cache
 def redundant(lab: Lab, share: float) -> UnitMask:
     """The RU of the given model."""
     return utility_roles(lab, GIVEN, share).mask(RU)
@@ -386,11 +385,10 @@ def budget_arms(lab: Lab) -> list[Arm]:
     """The arms that the experiment aligns: through all units (this is the aligned model of
     everything else), redundant ones, as many random ones, and what a reviewer asks beside them."""
     experiment = lab.config.experiment
-    arms = _named(_all_budget_arms(lab), experiment.aligned_through)
-    for share in experiment.ru_shares:
-        mask = functools.partial(redundant, lab, share)
-        arms.append(_through(f"{RU} {100 * share:g} %", mask))
-    return arms
+    return _named(_all_budget_arms(lab), experiment.aligned_through) + [
+        _through(f"{RU} {100 * share:g} %", functools.partial(redundant, lab, share))
+        for share in experiment.ru_shares
+    ]
 
 
 def _named(arms: list[Arm], names: list[str]) -> list[Arm]:
@@ -412,10 +410,7 @@ FASTER = "3 x the rate"
 def _all_budget_arms(lab: Lab) -> list[Arm]:
     """Every arm of Table 4 that has a name."""
     config = lab.config.align
-    ru = functools.partial(redundant, lab, lab.config.experiment.ru_share)
-
-    def random() -> UnitMask:
-        return matched(lab, "random", ru())
+    ru = functools.cache(lambda: redundant(lab, lab.config.experiment.ru_share))
 
     def highest() -> UnitMask:
         rank = {name: -part for name, part in utility_scores(lab, GIVEN).items()}
@@ -431,7 +426,9 @@ def _all_budget_arms(lab: Lab) -> list[Arm]:
     arms = [Arm(lambda: lab.aligned, "unaligned", "trained", ALL_UNITS)]
     for setting, changes in settings.items():
         arms.append(_through(RU, ru, "", setting, **changes))
-        arms.append(_through("random", random, RU, setting, **changes))
+        arms.append(
+            _through("random", lambda: matched(lab, "random", ru()), RU, setting, **changes)
+        )
     return [
         *arms,
         _through("highest I_U", highest, RU),
@@ -570,7 +567,7 @@ def _by_value_row(layout: UnitLayout, rank: Rank) -> Rank:
 def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
     """The paper's alignment: the given model learns from harmless rows, by the paper's rule for
     the number of epochs."""
-    ru = functools.partial(redundant, lab, lab.config.experiment.ru_share)
+    ru = functools.cache(lambda: redundant(lab, lab.config.experiment.ru_share))
 
     def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
         @functools.cache
