@@ -80,10 +80,10 @@ def test_units_are_scored_on_parts_of_the_prompts(lively_lab):
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_every_comparison_finds_groups_of_the_same_size(lively_lab, name):
     attacked = catalogue.attacked_longest(lively_lab).model
-    found = stability(lively_lab, attacked, name)
-    for group_name, mask in found.first.items():
-        assert mask.count() == found.second[group_name].count(), group_name
-    assert found.first["ESU"] == roles(lively_lab).mask("ESU")
+    first, second, _ = stability(lively_lab, attacked, name).rows.args
+    for group_name, mask in first.items():
+        assert mask.count() == second[group_name].count(), group_name
+    assert first["ESU"] == roles(lively_lab).mask("ESU")
 
 
 def percent(found: list[bool]) -> float:
