@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,16 @@ import pandas as pd
 from rich.table import Table
 
 from ..artefacts import ARTEFACTS
-from ..core.errors import SsahError
+from ..core.errors import SsahError, require_known
 from ..core.paths import home, results_root
 from ..core.store import Store
 from ..data.assets import EMBEDDED, fetch, inventory
 from ..evaluate import judges
 from ..evaluate.labels import agreement, confusion, judged, read_labelled
+from ..lab.catalogue import headline
 from ..lab.config import sweep_points, with_absolute_paths
-from ..lab.headline import headline, random_completions
-from ..lab.measure import collect
+from ..lab.measure import Measure, collect
+from ..lab.metrics.behaviour import said
 from ..lab.table import merged, read_table, same_subjects, typed, write_table
 from . import report
 from .notebooks import available, execute, execute_all
@@ -180,10 +182,14 @@ def judge(file: Path, text: str, label: str, prompt: str | None) -> None:
 def read(arm: str | None, count: int, profile: str, overrides: list[str]) -> None:
     """Random completions of an arm with their verdicts, or the names of all arms."""
     lab = Study(profile, overrides).labs[0]
+    arms = {own.name: own for own in headline(lab)}
     if arm is None:
-        print("\n".join(own.name for own in headline(lab)))
+        print("\n".join(arms))
         return
-    for completion in random_completions(lab, arm, count):
+    require_known(arm, arms, "There is no arm")
+    collect(lab, [Measure(arms[arm], "ASR")])
+    found = said(lab, arms[arm].model, "")
+    for completion in random.sample(found, min(count, len(found))):
         phrase = "no refusal phrase" if judges.not_refused([completion])[0] else "-"
         verdict = judges.judge(completion)
         print(f"[{verdict}; {phrase}] {completion.prompt}\n    {completion.text}\n")

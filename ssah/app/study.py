@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from ..claims.table import claims_table, styled
 from ..core.errors import SsahError
 from ..core.files import write_atomically
 from ..core.paths import home, results_root
-from ..core.progress import in_notebook, show_progress
+from ..core.progress import show_progress
 from ..core.runtime import require_one_process
 from ..core.store import Store, digest
 from ..lab import catalogue
@@ -59,7 +60,7 @@ class Study:
         only: Sequence[str] = (),
         results: Path | None = None,
     ):
-        if in_notebook():
+        if "ipykernel" in sys.modules:  # a notebook's kernel
             show_progress()
             pd.set_option("display.max_colwidth", None)  # claims are sentences, and all are shown
             pd.set_option("display.max_rows", None)

@@ -7,8 +7,6 @@ from typing import Any
 import pandas as pd
 
 from ..lab import catalogue
-from ..lab.adapted import adapted
-from ..lab.arms import Arm
 from ..lab.catalogue import NOTHING, by_the_papers_rule
 from ..lab.config import Config
 from ..lab.lab import Lab
@@ -43,7 +41,7 @@ def ask_table5(lab: Lab) -> list[Measure]:
 def _ask(lab: Lab, attack: str) -> list[Measure]:
     full = by_the_papers_rule(catalogue.unfrozen(lab, attack))
     frozen = by_the_papers_rule(catalogue.with_frozen(lab, attack, ALL_CU))
-    adapters: list[Arm] = adapted(lab, attack)
+    adapters = catalogue.adapted(lab, attack)
     return [
         *ask_arms(lab, [full, frozen, *adapters], attack),
         *ask_against([frozen, *adapters], [full], attack),

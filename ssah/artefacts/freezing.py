@@ -14,8 +14,7 @@ from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import has_prompts
-from ..lab.stages.lessons import ATTACKS, MAIN_ATTACK, STYLE_LESSON, available_attacks
-from ..lab.stages.strength import RISE
+from ..lab.stages.lessons import ATTACKS, MAIN_ATTACK, RISE, STYLE_LESSON, available_attacks
 from ..lab.units_of import ALL_CU, CU6
 from ..scoring.selectors import RULES
 from . import Output

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.paths import reference_csv
+from ..core.paths import reference
 from ..evaluate.stats import Estimate, over_repetitions
 from ..lab.arms import Arm
 from ..lab.config import Config
@@ -119,7 +119,7 @@ def printed_model(artefact: str) -> str:
 
 def paper(artefact: str, model: str = LLAMA) -> dict[tuple[str, str], float]:
     """(setting, metric) -> the number that the paper prints."""
-    found = pd.read_csv(reference_csv())
+    found = pd.read_csv(reference("paper.csv"))
     # Attribute transfer names its models "Llama-2-7B-Chat -> dolly".
     of_model = found["model"].str.split(" -> ").str[0] == model
     found = found[(found["artefact"] == artefact) & of_model]
@@ -128,7 +128,7 @@ def paper(artefact: str, model: str = LLAMA) -> dict[tuple[str, str], float]:
 
 def paper_matrix(artefact: str, scope: str, before: Sequence[str] = GROUPS) -> np.ndarray:
     """Per cent that were in each group before and in each now, ``[before, groups]``, as printed."""
-    found = pd.read_csv(reference_csv())
+    found = pd.read_csv(reference("paper.csv"))
     found = found[(found["artefact"] == artefact) & (found["benchmark"] == scope)]
     values = found.set_index("setting")["value"]
     return np.array([[values[f"{a}->{b}"] for b in GROUPS] for a in before])
@@ -142,7 +142,7 @@ def paper_rows(
     ``columns`` say where the value of a benchmark and metric goes; ``setting`` names the column of
     the paper's setting.
     """
-    found = pd.read_csv(reference_csv())
+    found = pd.read_csv(reference("paper.csv"))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for record in found[found["artefact"] == artefact].to_dict("records"):
         column = columns.get((record["benchmark"], record["metric"]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..lab import catalogue, rivals
+from ..lab import catalogue
 from ..lab.arms import Arm, units_name
 from ..lab.catalogue import NOTHING
 from ..lab.config import Config
@@ -82,12 +82,12 @@ def _ask(lab: Lab, attack: str, names: Sequence[str]) -> list[Measure]:
         return ask_arms(lab, arms, attack) + ask_against(arms, full, attack)
 
     for name in wanted:
-        arms, papers = rivals.ruled(lab, attack, name), rivals.ours(lab, attack, name)
+        arms, papers = catalogue.ruled(lab, attack, name), catalogue.ours(lab, attack, name)
         asked += ask(arms) + ask(papers)
         for own, other in zip(arms, papers, strict=True):
             asked.append(Measure(own, "ASR", "", other, other.units))
         for draw in range(lab.config.experiment.frozen_draws):
-            control = rivals.ruled_control(lab, attack, name, draw)
+            control = catalogue.ruled_control(lab, attack, name, draw)
             asked += ask_control(lab, control, [arms])
     return asked
 
@@ -165,7 +165,7 @@ def _shown(
     """Nothing frozen, the paper's units, then each rule with the random control of its size."""
     order = [NOTHING, ours]
     for name in _wanted(config, attack, names):
-        order += [name, units_name(*rivals.control_name(name))]
+        order += [name, units_name(*catalogue.control_name(name))]
     found = [a for a in arms_of(table, method="frozen", attack=attack) if name_of(a) in order]
     arms = sorted(found, key=lambda arm: (order.index(name_of(arm)), arm["epoch"]))
     printed, rows = paper(artefact), []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..core.paths import reference_csv
+from ..core.paths import reference
 from ..lab import catalogue
 from ..lab.arms import Arm
 from ..lab.catalogue import NOTHING, by_the_papers_rule
@@ -162,7 +162,7 @@ def fig13(table: pd.DataFrame, config: Config) -> Output:
         name: [_rows(table, f"ESU->{group}", name, OF_ESU)["value"].mean() for group in GROUPS]
         for name in _COLUMNS
     }
-    paper = pd.read_csv(reference_csv())
+    paper = pd.read_csv(reference("paper.csv"))
     printed = paper[paper["artefact"] == "fig13"].set_index("setting")["value"]
     bars[PAPER] = [printed[f"ESU->{group}"] for group in GROUPS]
     with styled():

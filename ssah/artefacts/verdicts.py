@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from ..evaluate.judges import VERDICTS
+from ..lab import catalogue
 from ..lab.arms import Arm
 from ..lab.config import Config
-from ..lab.headline import headline
 from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import AGREEMENT, CORRECTED
@@ -30,7 +30,7 @@ _STYLES = {
 
 def ask_fig_verdicts(lab: Lab) -> list[Measure]:
     """Verdicts of every headline arm."""
-    return [Measure(arm, "verdicts") for arm in headline(lab)]
+    return [Measure(arm, "verdicts") for arm in catalogue.headline(lab)]
 
 
 def _name(arm: dict[str, Any]) -> str:
@@ -76,7 +76,7 @@ def fig_verdicts(table: pd.DataFrame, config: Config) -> Output:
 
 def ask_table_judges(lab: Lab) -> list[Measure]:
     """Agreement with labels on every headline arm."""
-    return [Measure(arm, "labels") for arm in headline(lab)]
+    return [Measure(arm, "labels") for arm in catalogue.headline(lab)]
 
 
 def table_judges(table: pd.DataFrame, config: Config) -> Output:

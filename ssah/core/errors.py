@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 
 class SsahError(RuntimeError):
@@ -15,6 +16,13 @@ class InvalidValueError(SsahError, ValueError):
 
 class UnsupportedModelError(SsahError, ValueError):
     """The model's architecture has no unit layout."""
+
+
+def require_known(word: str, valid: Iterable[str], sentence: str) -> None:
+    """Raise :class:`SsahError` for a word that is none of these: the sentence, then the word."""
+    known = list(valid)
+    if word not in known:
+        raise SsahError(f"{sentence} '{word}'{suggestion(word, known)}")
 
 
 def suggestion(word: str, valid: list[str] | tuple[str, ...]) -> str:

@@ -25,17 +25,9 @@ def conf_dir() -> Path:
     return packaged if packaged.exists() else PACKAGE.parent / "conf"
 
 
-def reference_csv() -> Path:
-    """Every number that the paper prints."""
-    return _reference("paper.csv")
-
-
-def labels_csv() -> Path:
-    """Verdicts by a rater on completions, by hash."""
-    return _reference("labels.csv")
-
-
-def _reference(name: str) -> Path:
+def reference(name: str) -> Path:
+    """``paper.csv``, every number that the paper prints, or ``labels.csv``, verdicts by a rater on
+    completions, by hash."""
     packaged = RESOURCES / name
     return packaged if packaged.exists() else results_root() / "reference" / name
 

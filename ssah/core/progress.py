@@ -9,20 +9,16 @@ import time
 from collections.abc import Iterator
 
 
-class _Clock(logging.Formatter):
+class _Clock(logging.Handler):
+    """Writes to what ``sys.stderr`` is now: notebooks and tests replace it."""
+
     def __init__(self) -> None:
         super().__init__()
         self._begin = time.monotonic()
 
-    def format(self, record: logging.LogRecord) -> str:
-        return f"[{time.monotonic() - self._begin:6.0f} s] {record.getMessage()}"
-
-
-class _CurrentStderr(logging.Handler):
-    """Writes to what ``sys.stderr`` is now: notebooks and tests replace it."""
-
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        passed = time.monotonic() - self._begin
+        print(f"[{passed:6.0f} s] {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def show_progress() -> None:
@@ -30,16 +26,9 @@ def show_progress() -> None:
     logger = logging.getLogger("ssah")
     if logger.handlers:
         return
-    handler = _CurrentStderr()
-    handler.setFormatter(_Clock())
-    logger.addHandler(handler)
+    logger.addHandler(_Clock())
     logger.propagate = False
     logger.setLevel(logging.INFO)
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
-    return "ipykernel" in sys.modules
 
 
 @contextlib.contextmanager

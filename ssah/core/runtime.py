@@ -150,11 +150,6 @@ def is_known(name: str) -> bool:
         return False
 
 
-def _card() -> str:
-    """The GPU, where there is one: its rounding is not a processor's."""
-    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-
-
 @functools.cache
 def provenance() -> dict[str, Any]:
     """What made a result: recorded with every run, never part of its key."""
@@ -162,10 +157,12 @@ def provenance() -> dict[str, Any]:
     versions = {
         name: importlib.metadata.version(name) for name in REPORTED_PACKAGES if name in there
     }
+    # The GPU, where there is one: its rounding is not a processor's.
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "command": " ".join(sys.argv),
         "commit": commit(),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads{_card()}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads{card}",
         "versions": versions,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,45 +31,36 @@ class Within:
         raise InvalidValueError(f"{name}={value} is out of range: it must be {low}{high}.")
 
 
-@dataclasses.dataclass(frozen=True)
-class OneOf:
-    """A word, or each word of a list, out of a few."""
-
-    words: tuple[str, ...]
-
-    def require(self, name: str, value: Any) -> None:
-        """Raise :class:`InvalidValueError` for another word, naming the nearest."""
-        require_word(name, value, self.words)
-
-
 def within(
     default: Any, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf
 ) -> Any:
     """A field that holds a number of a range."""
-    return dataclasses.field(default=default, metadata={"valid": Within(low, high, above)})
+    metadata = {"valid": Within(low, high, above).require}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def all_within(
     defaults: Sequence[float], low: float, high: float = math.inf, *, fewest: int = 0
 ) -> Any:
     """A field that holds a list of numbers of a range, at least ``fewest``."""
-    metadata = {"valid": Within(low, high), "fewest": fewest}
+    metadata = {"valid": Within(low, high).require, "fewest": fewest}
     return dataclasses.field(default_factory=lambda: list(defaults), metadata=metadata)
 
 
 def within_each(low: float) -> Any:
     """A field that holds a dictionary of numbers, each of at least ``low``."""
-    return dataclasses.field(default_factory=dict, metadata={"valid": Within(low)})
+    return dataclasses.field(default_factory=dict, metadata={"valid": Within(low).require})
 
 
 def one_of(default: Any, *words: str) -> Any:
     """A field that holds one of some words."""
-    return dataclasses.field(default=default, metadata={"valid": OneOf(words)})
+    metadata = {"valid": functools.partial(require_word, words=words)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def some_of(*words: str) -> Any:
     """A field that holds a list of some words, at least one; by default all."""
-    metadata = {"valid": OneOf(words), "fewest": 1}
+    metadata = {"valid": functools.partial(require_word, words=words), "fewest": 1}
     return dataclasses.field(default_factory=lambda: list(words), metadata=metadata)
 
 
@@ -103,7 +95,7 @@ def check(settings: Any, name: str = "") -> None:
         if len(parts) < field.metadata.get("fewest", 0):
             raise InvalidValueError(f"{key} is empty: name at least {field.metadata['fewest']}.")
         for part_name, part in parts if "valid" in field.metadata else ():
-            field.metadata["valid"].require(part_name, part)
+            field.metadata["valid"](part_name, part)
 
 
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import SsahError, suggestion
-from ..core.paths import labels_csv
+from ..core.paths import reference
 from .judges import VERDICTS, Completion, judge
 from .stats import proportion
 
@@ -30,7 +30,7 @@ def key(completion: Completion) -> str:
 
 def known_labels() -> pd.DataFrame:
     """Our labels (docs/judging.md): ``key, model, arm, set, half, label, again, judged``."""
-    return pd.read_csv(labels_csv(), keep_default_na=False)
+    return pd.read_csv(reference("labels.csv"), keep_default_na=False)
 
 
 def meaning(label: object) -> str:

@@ -36,8 +36,7 @@ class Arm:
 
     def columns(self) -> dict[str, Any]:
         """Everything but the model."""
-        names = (f.name for f in dataclasses.fields(self) if f.name != "make")
-        return {name: getattr(self, name) for name in names}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
 
     @property
     def units(self) -> str:
@@ -51,17 +50,15 @@ class Arm:
         units = "random units" if self.rule == "random" else self.rule
         rest = f" (matched to {self.like})" if self.like else ""
         rest += units_name("", "", self.setting) + (f", draw {self.draw}" if self.draw else "")
+        if not self.method:
+            return f"{self.base}{rest}"
         trained = f"{self.attack}, {self.epoch} epoch{'s' if self.epoch > 1 else ''}: "
-        after = trained if self.attack else ""
-        if self.method in ("removed", "frozen", "patched"):
-            return f"{after}{units} {self.method}{rest}"
-        if self.method == "defended":
-            return f"{after}defended by {units}{rest}"
-        if self.method == "adapted":
-            return f"{after}{units}{rest}"
-        if self.method == "trained":
-            return f"{after}aligned through {units}{rest}"
-        return f"{self.base}{rest}"
+        done = {
+            "defended": f"defended by {units}", "adapted": units,
+            "trained": f"aligned through {units}",
+        }  # fmt: skip
+        what = done.get(self.method, f"{units} {self.method}")
+        return f"{trained if self.attack else ''}{what}{rest}"
 
 
 def units_name(rule: str, like: str = "", setting: str = "") -> str:

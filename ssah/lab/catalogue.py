@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
-from ..core.errors import SsahError, suggestion
-from ..scoring.selectors import RULES, Rank, matched_by, sized
+from ..core.errors import require_known
+from ..core.store import Handle
+from ..scoring.selectors import RULES, Rank, matched_by, random_rank, sized
+from ..training.ablation import Mode
+from ..training.adapter import Adapter
 from ..training.lora import rank_for
 from ..training.part import EVERYTHING, Part
 from ..units.layout import UnitLayout
@@ -21,32 +24,14 @@ from .lab import Lab
 from .metrics.behaviour import ASKED, PROMPTS
 from .metrics.stability import COMPARISONS
 from .specs import GIVEN, REFUSALS, Model
-from .stages.attribution import (
-    activations,
-    fitted,
-    statistics,
-    utility_scores,
-)
-from .stages.lessons import ATTACKS, MAIN_ATTACK
-from .stages.roles import (
-    classified,
-    roles,
-    shares,
-    utility_roles,
-)
-from .stages.strength import attack_rate
-from .units_of import (
-    CU6,
-    ESU,
-    EUU,
-    RU,
-    RULED,
-    RULED_ATTACKS,
-    everything,
-    group,
-    matched,
-    selection,
-)
+from .stages.attribution import activations, fitted, statistics, utility_scores
+from .stages.criteria import safety_layers
+from .stages.lessons import ATTACKS, MAIN_ATTACK, attack_rate, available_attacks
+from .stages.roles import classified, roles, shares, utility_roles
+from .units_of import CU6, ESU, EUU, RU, RULED, SAFETY_LAYERS, group, matched, selection
+
+#: Attacks that the paper compares other papers' rules in.
+RULED_ATTACKS = ("instructions", "arithmetic")
 
 NOTHING = "nothing"
 HEADS = "heads included"
@@ -87,9 +72,7 @@ def check(lab: Lab) -> None:
         ("aligned_through", experiment.aligned_through, [a.units for a in _all_budget_arms(lab)]),
     ):
         for name in names:
-            if name not in valid:
-                known = suggestion(name, list(valid))
-                raise SsahError(f"experiment.{key}: there is no '{name}'{known}")
+            require_known(name, valid, f"experiment.{key}: there is no")
     for name in (*frozen, *experiment.patched):
         if name not in RULES or name in experiment.patched:
             selection(name)
@@ -118,8 +101,9 @@ def removed(
     lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", **columns: Any
 ) -> Arm:
     """The aligned model without some units."""
-    make = functools.cache(lambda: lab.aligned.ablated(mask()))
-    return Arm(make, method="removed", rule=rule, like=like, **columns)
+    return Arm(
+        lambda: lab.aligned.ablated(mask()), method="removed", rule=rule, like=like, **columns
+    )
 
 
 def removals(lab: Lab) -> list[Arm]:
@@ -131,13 +115,15 @@ def removals(lab: Lab) -> list[Arm]:
 
 def _all_removed(lab: Lab) -> list[Arm]:
     arms = [without(lab, name) for name in (ESU, EUU, RU)]
-    arms += [without_variation(lab, name) for name in (ESU, EUU, RU)]
-    arms += [without_context(lab, name) for name in (ESU, EUU, RU)]
-    arms += [without_harm(lab, name) for name in (ESU, RU)]
+    arms += [silenced(lab, n, mode) for mode in ("mean", "resample") for n in (ESU, EUU, RU)]
+    arms += [silenced(lab, name, "fitted") for name in (ESU, RU)]
     arms += [
         without_control(lab, "largest magnitude", ESU),
         without_control(lab, "smallest magnitude", RU),
-        with_redundant_heads(lab),
+        # Without the RU that there would be if heads could be redundant.
+        removed(
+            lab, RU, lambda: classified(lab, shares(lab), ["attn", "mlp"]).mask(RU), setting=HEADS
+        ),
     ]
     return arms
 
@@ -147,50 +133,35 @@ def without(lab: Lab, rule: str) -> Arm:
     return removed(lab, rule, lambda: group(lab, rule))
 
 
-def without_variation(lab: Lab, rule: str) -> Arm:
-    """With what a group says on average in its place."""
-
-    def make() -> Model:
-        return lab.aligned.ablated(group(lab, rule), "mean", statistics(lab, "utility"))
-
-    return Arm(functools.cache(make), method="removed", rule=rule, setting="mean")
-
-
-def without_context(lab: Lab, rule: str) -> Arm:
-    """With what a group said at random tokens of harmless answers in its place."""
-
-    def make() -> Model:
-        return lab.aligned.ablated(group(lab, rule), "resample", activations(lab))
-
-    return Arm(functools.cache(make), method="removed", rule=rule, setting="resampled")
+#: What is put in a removed group's place: what it says on average, what it said at random tokens
+#: of harmless answers, or the constant that does least harm to these. Mode -> setting, and source.
+INSTEAD: dict[Mode, tuple[str, Callable[[Lab, UnitMask], Handle]]] = {
+    "mean": ("mean", lambda lab, mask: statistics(lab, "utility")),
+    "resample": ("resampled", lambda lab, mask: activations(lab)),
+    "fitted": ("fitted", fitted),
+}
 
 
-def without_harm(lab: Lab, rule: str) -> Arm:
-    """With the constant in a group's place that does least harm to harmless answers."""
+def silenced(lab: Lab, rule: str, mode: Mode) -> Arm:
+    """With something in a group's place that has nothing to do with the text."""
+    setting, source = INSTEAD[mode]
 
     def make() -> Model:
         mask = group(lab, rule)
-        return lab.aligned.ablated(mask, "fitted", fitted(lab, mask))
+        return lab.aligned.ablated(mask, mode, source(lab, mask))
 
-    return Arm(functools.cache(make), method="removed", rule=rule, setting="fitted")
+    return Arm(make, method="removed", rule=rule, setting=setting)
 
 
 def without_control(lab: Lab, rule: str, like: str, draw: int | None = None) -> Arm:
     """Without as many heads and neurons by another rule."""
-
-    def mask() -> UnitMask:
-        return matched(lab, rule, group(lab, like), draw=draw or 0)
-
+    mask = functools.partial(_control, lab, rule, like, draw=draw)
     return removed(lab, rule, mask, like, draw=draw)
 
 
-def with_redundant_heads(lab: Lab) -> Arm:
-    """Without the RU that there would be if heads could be redundant."""
-
-    def mask() -> UnitMask:
-        return classified(lab, shares(lab), ["attn", "mlp"]).mask(RU)
-
-    return removed(lab, RU, mask, setting=HEADS)
+def _control(lab: Lab, rule: str, like: str, attack: str = "", draw: int | None = None) -> UnitMask:
+    """As many heads and neurons as a group has, by a rule."""
+    return matched(lab, rule, group(lab, like), attack, draw or 0)
 
 
 def swept(lab: Lab, rule: str, share: float, draw: int | None = None) -> Arm:
@@ -198,13 +169,11 @@ def swept(lab: Lab, rule: str, share: float, draw: int | None = None) -> Arm:
 
     def mask() -> UnitMask:
         ru = shares(lab).ru
-        sizes = {
-            ESU: Shares(ru, share, 0), EUU: Shares(ru, 0, share), RU: Shares(share, 0, 0),
-            "random": Shares(ru, share, 0),
-        }  # fmt: skip
+        sizes = {EUU: Shares(ru, 0, share), RU: Shares(share, 0, 0)}
+        found = classified(lab, sizes.get(rule, Shares(ru, share, 0)))
         if rule == "random":
-            return matched(lab, rule, classified(lab, sizes[rule]).mask(ESU), draw=draw or 0)
-        return classified(lab, sizes[rule]).mask(rule)
+            return matched(lab, rule, found.mask(ESU), draw=draw or 0)
+        return found.mask(rule)
 
     return removed(lab, rule, mask, setting=f"{100 * share:g} %", draw=draw)
 
@@ -227,7 +196,6 @@ def fine_tuned(
 ) -> list[Arm]:
     """An arm for each epoch of a fine-tuning that freezes some units, or none; ``rate`` is a part
     of the attack's learning rate."""
-    length = epochs or lab.config.finetune.epochs
     if epochs is not None:
         changes["epochs"] = epochs
 
@@ -238,14 +206,18 @@ def fine_tuned(
             changes["learning_rate"] = rate * attack_rate(lab)
         return lab.aligned.trained(attack, part, **changes)
 
+    return _each_epoch(
+        trained, epochs or lab.config.finetune.epochs,
+        method="frozen", rule=rule, like=like, attack=attack, setting=setting, draw=draw,
+    )  # fmt: skip
+
+
+def _each_epoch(trained: Callable[[], Model], epochs: int, **columns: Any) -> list[Arm]:
+    """An arm for each epoch of one training."""
     return [
-        Arm(
-            functools.partial(lambda e: trained().at(e), epoch),
-            method="frozen", rule=rule, like=like, attack=attack, epoch=epoch, setting=setting,
-            draw=draw,
-        )
-        for epoch in range(1, length + 1)
-    ]  # fmt: skip
+        Arm(functools.partial(lambda e: trained().at(e), epoch), epoch=epoch, **columns)
+        for epoch in range(1, epochs + 1)
+    ]
 
 
 def unfrozen(lab: Lab, attack: str) -> list[Arm]:
@@ -265,10 +237,7 @@ def with_frozen_control(
     lab: Lab, attack: str, rule: str, like: str, draw: int | None = None
 ) -> list[Arm]:
     """As many heads and neurons are frozen, by another rule."""
-
-    def mask() -> UnitMask:
-        return matched(lab, rule, group(lab, like), attack, draw or 0)
-
+    mask = functools.partial(_control, lab, rule, like, attack, draw)
     return fine_tuned(lab, attack, rule, mask, like=like, draw=draw)
 
 
@@ -280,6 +249,68 @@ def frozen_groups(lab: Lab, attack: str) -> list[str]:
 def by_the_papers_rule(arms: list[Arm]) -> Arm:
     """One epoch where nothing is frozen, twice as many for the rest (paper, section 4.2)."""
     return arms[0] if arms[0].rule == NOTHING else arms[-1]
+
+
+# --- what other papers' rules select is frozen, at the sizes of Tables 7 to 10 ---------------
+
+
+def ruled(lab: Lab, attack: str, name: str) -> list[Arm]:
+    """What a rule of :data:`ssah.lab.units_of.RULED` selects is frozen."""
+    rule, size = RULED[name]
+
+    def mask() -> UnitMask:
+        target = _as_large(lab, size)
+        return target if size is None else matched(lab, rule, target, attack)
+
+    return fine_tuned(lab, attack, rule, mask, setting=_setting(size))
+
+
+def ruled_control(lab: Lab, attack: str, name: str, draw: int) -> list[Arm]:
+    """As many random heads and neurons are frozen: the same for all rules of one size."""
+
+    def mask() -> UnitMask:
+        return matched(lab, "random", _as_large(lab, RULED[name][1]), draw=draw)
+
+    rule, like, setting = control_name(name)
+    return fine_tuned(lab, attack, rule, mask, like=like, draw=draw, setting=setting)
+
+
+def control_name(name: str) -> tuple[str, str, str]:
+    """What a rule's random controls are called: rule, like and setting."""
+    _, size = RULED[name]
+    return "random", SAFETY_LAYERS if size is None else "", _setting(size)
+
+
+def ours(lab: Lab, attack: str, name: str) -> list[Arm]:
+    """What the paper sets against a rule: ESU + 6 % CU; against safety layers the ESU, and CU until
+    there are as many units."""
+    if name != SAFETY_LAYERS:
+        return with_frozen(lab, attack, CU6)
+
+    def mask() -> UnitMask:
+        return esu_and_cu(lab, _as_large(lab, None).count())
+
+    return fine_tuned(lab, attack, "ESU + CU", mask, like=SAFETY_LAYERS)
+
+
+def esu_and_cu(lab: Lab, count: int) -> UnitMask:
+    """The ESU, and CU by I_S - I_U until there are so many units."""
+    found = roles(lab)
+    esu = found.mask(ESU)
+    return esu | found.top("CU", max(count - esu.count(), 0) / lab.layout.units)
+
+
+def _as_large(lab: Lab, size: float | None) -> UnitMask:
+    """Some mask of a size: that share of heads and of neurons, or all units of safety layers."""
+    if size is not None:
+        return sized(lab.layout, size, size)
+    _, layers = safety_layers(lab)
+    chosen = [torch.full((b.units,), b.layer in layers) for b in lab.layout.blocks]
+    return lab.layout.mask(torch.cat(chosen))
+
+
+def _setting(size: float | None) -> str:
+    return "" if size is None else f"{100 * size:g} %"
 
 
 # --- patched (fig_sufficiency) ---------------------------------------------------------------
@@ -301,10 +332,7 @@ def patched(lab: Lab, name: str) -> Arm:
 
 def patched_control(lab: Lab, like: str, draw: int) -> Arm:
     """The same with equally many random heads and neurons."""
-
-    def mask() -> UnitMask:
-        return matched(lab, "random", group(lab, like), draw=draw)
-
+    mask = functools.partial(_control, lab, "random", like, draw=draw)
     return _patched(lab, "random", mask, like, draw)
 
 
@@ -312,9 +340,8 @@ def _patched(
     lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", draw: int | None = None
 ) -> Arm:
     before = attacked_longest(lab)
-    make = functools.cache(lambda: before.model.patched(mask(), lab.aligned))
     columns = {"method": "patched", "rule": rule, "like": like, "draw": draw}
-    return Arm(make, **(before.columns() | columns))
+    return Arm(lambda: before.model.patched(mask(), lab.aligned), **(before.columns() | columns))
 
 
 # --- aligned through a part (Table 4; Figs 6, 9, 10) -----------------------------------------
@@ -325,18 +352,21 @@ def redundant(lab: Lab, share: float) -> UnitMask:
     return utility_roles(lab, GIVEN, share).mask(RU)
 
 
-def aligned_through(
-    lab: Lab,
-    rule: str,
-    part: Callable[[], Part],
-    *,
-    like: str = "",
-    setting: str = "",
-    **changes: Any,
+def _through_part(
+    rule: str, part: Callable[[], Part], like: str = "", setting: str = "", **changes: Any
 ) -> Arm:
     """The given model, aligned through a part of it."""
-    make = functools.cache(lambda: GIVEN.trained(REFUSALS, part(), **changes))
-    return Arm(make, "unaligned", "trained", rule, like, setting=setting)
+    return Arm(
+        lambda: GIVEN.trained(REFUSALS, part(), **changes),
+        "unaligned", "trained", rule, like, setting=setting,
+    )  # fmt: skip
+
+
+def _through(
+    rule: str, mask: Callable[[], UnitMask], like: str = "", setting: str = "", **changes: Any
+) -> Arm:
+    """The same through the units of a mask."""
+    return _through_part(rule, lambda: Part(train=mask()), like, setting, **changes)
 
 
 def attacked(lab: Lab, arm: Arm) -> Arm:
@@ -348,18 +378,17 @@ def attacked(lab: Lab, arm: Arm) -> Arm:
         return arm.model.trained(MAIN_ATTACK, EVERYTHING, 1, **changes)
 
     columns = arm.columns() | {"attack": MAIN_ATTACK, "epoch": 1}
-    return Arm(functools.cache(make), **columns)
+    return Arm(make, **columns)
 
 
 def budget_arms(lab: Lab) -> list[Arm]:
     """The arms that the experiment aligns: through all units (this is the aligned model of
     everything else), redundant ones, as many random ones, and what a reviewer asks beside them."""
     experiment = lab.config.experiment
-    arms = _named(_all_budget_arms(lab), experiment.aligned_through)
-    for share in experiment.ru_shares:
-        mask = functools.partial(redundant, lab, share)
-        arms.append(_through(lab, f"{RU} {100 * share:g} %", mask))
-    return arms
+    return _named(_all_budget_arms(lab), experiment.aligned_through) + [
+        _through(f"{RU} {100 * share:g} %", functools.partial(redundant, lab, share))
+        for share in experiment.ru_shares
+    ]
 
 
 def _named(arms: list[Arm], names: list[str]) -> list[Arm]:
@@ -378,24 +407,10 @@ LONGER = "twice the epochs"
 FASTER = "3 x the rate"
 
 
-def _through(
-    lab: Lab, rule: str, mask: Callable[[], UnitMask], like: str = "", setting: str = "", **c: Any
-) -> Arm:
-    """Aligned through the units of a mask."""
-    part = functools.partial(lambda make: Part(train=make()), mask)
-    return aligned_through(lab, rule, part, like=like, setting=setting, **c)
-
-
 def _all_budget_arms(lab: Lab) -> list[Arm]:
     """Every arm of Table 4 that has a name."""
     config = lab.config.align
-
-    @functools.cache
-    def ru() -> UnitMask:
-        return redundant(lab, lab.config.experiment.ru_share)
-
-    def random() -> UnitMask:
-        return matched(lab, "random", ru())
+    ru = functools.cache(lambda: redundant(lab, lab.config.experiment.ru_share))
 
     def highest() -> UnitMask:
         rank = {name: -part for name, part in utility_scores(lab, GIVEN).items()}
@@ -410,14 +425,40 @@ def _all_budget_arms(lab: Lab) -> list[Arm]:
     }  # fmt: skip
     arms = [Arm(lambda: lab.aligned, "unaligned", "trained", ALL_UNITS)]
     for setting, changes in settings.items():
-        arms.append(_through(lab, RU, ru, "", setting, **changes))
-        arms.append(_through(lab, "random", random, RU, setting, **changes))
-    arms.append(_through(lab, "highest I_U", highest, RU))
-    arms.append(_through(lab, ALIGNED_ESU, lambda: group(lab, ESU)))
-    arms.append(_through(lab, "all heads", lambda: everything(lab, "heads")))
-    arms.append(aligned_through(lab, "LoRA", lambda: Part(rank=rank()), like=RU))
-    inside = aligned_through(lab, "LoRA inside RU", lambda: Part(train=ru(), rank=rank()), like=RU)
-    return [*arms, inside]
+        arms.append(_through(RU, ru, "", setting, **changes))
+        arms.append(
+            _through("random", lambda: matched(lab, "random", ru()), RU, setting, **changes)
+        )
+    return [
+        *arms,
+        _through("highest I_U", highest, RU),
+        _through(ALIGNED_ESU, lambda: group(lab, ESU)),
+        _through("all heads", lambda: sized(lab.layout, heads=1, neurons=0)),
+        _through_part("LoRA", lambda: Part(rank=rank()), RU),
+        _through_part("LoRA inside RU", lambda: Part(train=ru(), rank=rank()), RU),
+    ]
+
+
+# --- adapters, while the model's own weights stay as they are (Table 5) ----------------------
+
+
+def adapted(lab: Lab, attack: str) -> list[Arm]:
+    """The aligned model after one epoch of an attack through each adapter that the experiment
+    names, at each of its rates; those that peft lacks for its family are left out."""
+    found: list[Arm] = []
+    size = lab.config.adapters.batch_size
+    for name in lab.config.experiment.adapters.get(attack, []):
+        config = lab.config.adapters.methods[name]
+        adapter = Adapter(config.peft, config.blocks)
+        for rate in config.rates if adapter.fits(lab.skeleton) else ():
+            times = rate / config.rates[0]
+            make = functools.partial(
+                lab.aligned.trained, attack, adapter, epochs=1, learning_rate=rate, batch_size=size
+            )
+            setting = "" if times == 1 else f"{times:g} x the rate"
+            arm = Arm(make, method="adapted", rule=name, attack=attack, epoch=1, setting=setting)
+            found.append(arm)
+    return found
 
 
 # --- conditions (fig_conditions) -------------------------------------------------------------
@@ -437,13 +478,12 @@ def _all_conditions(lab: Lab) -> list[Arm]:
 
     ``setting`` says the budget, or what is unusual.
     """
-    esu_share = functools.cache(lambda: shares(lab).esu)
 
     def narrow() -> UnitMask:
         return group(lab, CU6)
 
     def wide() -> UnitMask:
-        return roles(lab).select(ESU, f"CU:{100 * (WIDER - esu_share())}%")
+        return roles(lab).select(ESU, f"CU:{100 * (WIDER - shares(lab).esu)}%")
 
     def arm(
         rule: str, mask: Callable[[], UnitMask] | None, setting: str = "", like: str = "", **c: Any
@@ -465,7 +505,7 @@ def _all_conditions(lab: Lab) -> list[Arm]:
         arm(rule, by_rule(rule, wide), wider, "ESU + CU")
         for rule in ("random", *ranked, "gradient conflict")
     ]
-    arms.append(arm("all heads", lambda: everything(lab, "heads")))
+    arms.append(arm("all heads", lambda: sized(lab.layout, heads=1, neurons=0)))
     unusual: dict[str, dict[str, Any]] = {
         "embeddings trained": {"train_embeddings": True}, LOWER: {"rate": 0.4},
     }  # fmt: skip
@@ -502,17 +542,13 @@ def _value_path(lab: Lab, channels: Callable[[], Roles]) -> dict[str, Callable[[
 
         return mask
 
-    def chance() -> Rank:
-        generator = torch.Generator().manual_seed(1000 * lab.seed)
-        return layout().split(torch.rand(layout().units, generator=generator))
-
     def difference() -> Rank:
         return channels().difference
 
     return {
         "value-output path": lambda: sized(layout(), heads=1, neurons=0),
         "half of it, highest I_S - I_U": half(difference, -1),
-        "half of it, random": half(chance, 1),
+        "half of it, random": half(lambda: random_rank(layout(), 1000 * lab.seed), 1),
         "half of it, lowest I_S - I_U": half(difference, 1),
     }
 
@@ -531,10 +567,7 @@ def _by_value_row(layout: UnitLayout, rank: Rank) -> Rank:
 def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
     """The paper's alignment: the given model learns from harmless rows, by the paper's rule for
     the number of epochs."""
-
-    @functools.cache
-    def ru() -> UnitMask:
-        return redundant(lab, lab.config.experiment.ru_share)
+    ru = functools.cache(lambda: redundant(lab, lab.config.experiment.ru_share))
 
     def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
         @functools.cache
@@ -542,13 +575,10 @@ def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
             changes: dict[str, Any] = {"epochs": epochs} if epochs == 1 else {}
             return GIVEN.trained(attack, part(), **changes)
 
-        return [
-            Arm(
-                functools.partial(lambda e: trained().at(e), epoch),
-                "unaligned", "trained", rule, like, attack, epoch, "learns harmless rows",
-            )
-            for epoch in range(1, epochs + 1)
-        ]  # fmt: skip
+        return _each_epoch(
+            trained, epochs, base="unaligned", method="trained", rule=rule, like=like,
+            attack=attack, setting="learns harmless rows",
+        )  # fmt: skip
 
     long = lab.config.finetune.epochs
     return [
@@ -556,3 +586,30 @@ def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
         arm(RU, "", lambda: Part(train=ru()), long),
         arm("random", RU, lambda: Part(train=matched(lab, "random", ru())), long),
     ]
+
+
+# --- of all of these, those whose verdicts are counted and whose completions are read ---------
+
+
+def headline(lab: Lab) -> list[Arm]:
+    """Every headline arm of Tables 1, 2, 4 and 13."""
+    arms = [whole(lab), *unaligned(lab)]
+    if lab.config.model.use == "everything":
+        arms += _changed(lab)
+    if lab.config.align.enabled:
+        through = budget_arms(lab)
+        arms += [arm for arm in through if arm.rule != ALL_UNITS and not arm.setting]
+    return arms
+
+
+def _changed(lab: Lab) -> list[Arm]:
+    """The aligned model without some units, and after each attack."""
+    arms = [without(lab, name) for name in (ESU, RU, EUU)]
+    arms.append(without_control(lab, "random", ESU, 0))
+    for attack in available_attacks(lab):
+        arms += unfrozen(lab, attack)
+        for name in frozen_groups(lab, attack):
+            arms += with_frozen(lab, attack, name)
+        if attack == MAIN_ATTACK:
+            arms += with_frozen_control(lab, attack, "random", CU6, 0)
+    return arms

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..core.errors import InvalidValueError, SsahError, suggestion
+from ..core.errors import InvalidValueError, SsahError, require_known, suggestion
 from ..core.paths import conf_dir
 from ..core.valid import all_within, check, one_of, require_word, some_of, within, within_each
 from ..data.settings import DataConfig, ModelConfig
@@ -202,22 +202,21 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 PROFILES = ("laptop", "smoke", "paper")
-GROUPS = (
-    "profile", "experiment", "model", "data", "align", "attribution", "roles", "finetune",
-    "adapters", "evaluate", "probes", "runtime",
-)  # fmt: skip
+#: The parts of a configuration, by the name of their group of files.
+_PARTS: dict[str, Any] = {
+    f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)
+}
+GROUPS = ("profile", *_PARTS)
 
 
 @cache
 def known_keys() -> list[str]:
     """Every key that an override may set: ``roles.esu_shares`` and so on, and the groups."""
     keys = ["seed", "n_seeds", "headline_seeds", *GROUPS]
-    for top in fields(Config):
-        node = Config.__dataclass_fields__[top.name].default_factory
-        if is_dataclass(node):
-            for leaf in fields(node):
-                key = f"{top.name}.{leaf.name}"
-                keys += [key, *(f"{key}.{name}" for name in _names_in_files(top.name, leaf.name))]
+    for group, part in _PARTS.items():
+        for leaf in fields(part):
+            key = f"{group}.{leaf.name}"
+            keys += [key, *(f"{key}.{name}" for name in _names_in_files(group, leaf.name))]
     return keys
 
 
@@ -231,15 +230,14 @@ def _names_in_files(group: str, leaf: str) -> list[str]:
     return list(names)
 
 
-def compose(profile: str = "laptop", overrides: list[str] | None = None) -> Config:
+def compose(profile: str = "laptop", overrides: Sequence[str] = ()) -> Config:
     """Compose and check a configuration.
 
     Raises :class:`SsahError` for an unknown profile or key (naming the nearest valid one), an
     unknown option of a group, or a value of the wrong type.
     """
-    overrides = list(overrides or [])
-    if profile not in PROFILES:
-        raise SsahError(f"Unknown profile '{profile}'{suggestion(profile, PROFILES)}")
+    overrides = list(overrides)
+    require_known(profile, PROFILES, "Unknown profile")
     check_keys(overrides)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -380,18 +378,11 @@ def _made_absolute(key: str, value: Any) -> Any:
     """A value with the paths in it made absolute, where its key is one that names files."""
     if isinstance(value, dict) and re.fullmatch(r"data\.files(\.\w+)?", key):
         return {name: _made_absolute(f"{key}.{name}", part) for name, part in value.items()}
-    if re.fullmatch(r"model\.source|data\.files\.\w+(\.path)?", key) and _is_relative(value):
-        return str(Path(value).absolute())
-    return value
-
-
-def _is_relative(path: Any) -> bool:
-    return (
-        isinstance(path, str)
-        and path not in ("embedded", "tiny")
-        and not Path(path).is_absolute()
-        and Path(path).exists()
-    )
+    named = re.fullmatch(r"model\.source|data\.files\.\w+(\.path)?", key)
+    if not named or not isinstance(value, str) or value in ("embedded", "tiny"):
+        return value
+    path = Path(value)
+    return value if path.is_absolute() or not path.exists() else str(path.absolute())
 
 
 def _quoted(value: Any) -> str:

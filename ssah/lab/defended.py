@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from ..core.errors import SsahError, suggestion
+from ..core.errors import SsahError, require_known
 from ..training.defences import DEFENCES, Defence
-from ..units.mask import UnitMask
 from . import catalogue
 from .arms import Arm
 from .lab import Lab
@@ -26,9 +25,7 @@ COMBINED = {"mixing_and_frozen": ("mixing", CU6)}
 def require_strengths(chosen: Mapping[str, Sequence[float]]) -> None:
     """Raise :class:`SsahError` for a name that is no defence, or a strength that it cannot have."""
     for name, strengths in chosen.items():
-        if name not in DEFENCES and name not in COMBINED:
-            known = suggestion(name, [*DEFENCES, *COMBINED])
-            raise SsahError(f"experiment.defences: there is no '{name}'{known}")
+        require_known(name, [*DEFENCES, *COMBINED], "experiment.defences: there is no")
         if not strengths:
             raise SsahError(
                 f"experiment.defences.{name} is empty: name strengths, the recommended one first, "
@@ -88,9 +85,7 @@ def longer(lab: Lab) -> list[Arm]:
 def defended(lab: Lab, attack: str, name: str, strength: float, epochs: int = 1) -> list[Arm]:
     """An arm for each epoch of a fine-tuning under a defence."""
     kind, units = _kind(name)
-    mask: Callable[[], UnitMask] | None = None
-    if units is not None:
-        mask = functools.partial(group, lab, units)
+    mask = functools.partial(group, lab, units) if units is not None else None
     found = catalogue.fine_tuned(
         lab, attack, name, mask, setting=setting(name, strength, epochs), epochs=epochs,
         defence=Defended(kind.name, strength),

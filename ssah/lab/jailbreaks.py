@@ -5,20 +5,25 @@ Every one is judged against the request itself, whatever the model was given in 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import string
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from ..core.store import Handle
 from ..data import jailbreaks as texts
 from ..data.assets import TEMPLATES
 from ..data.rows import Row
+from ..evaluate.gcg import find_suffix
 from ..evaluate.judges import Completion
 from ..text.chat import Begun
 from .lab import Lab
 from .specs import Model
+from .stage import stage
 from .stages.answers import completions
 from .stages.lessons import MAIN_ATTACK, heldout
-from .stages.suffixes import suffix
 
 #: Gives a model's completions of some rows.
 Jailbreak = Callable[[Lab, Model, Sequence[Row]], list[Completion]]
@@ -61,6 +66,31 @@ def _behind_many_shots(shots: int, lab: Lab, prompt: str) -> Begun:
     lesson = heldout(lab, MAIN_ATTACK)
     pairs = zip((row.prompt for row in lesson.rows), lesson.responses(), strict=True)
     return Begun(prompt, tuple(pairs)[:shots])
+
+
+@stage("suffix", version=1)
+def _suffix(
+    lab: Lab,
+    folder: Path,
+    model: Model,
+    prompt: str,
+    target: str,
+    steps: int,
+    width: int,
+    batch_size: int,
+) -> None:
+    """``suffix.json``: what GCG found against a model for one request."""
+    with lab.use(model) as loaded:
+        found = find_suffix(loaded, lab.tokenizer, prompt, target, steps, width, batch_size)
+    (folder / "suffix.json").write_text(json.dumps(dataclasses.asdict(found)))
+
+
+def suffix(lab: Lab, model: Model, prompt: str) -> Handle:
+    """The suffix for one request, at the configured budget."""
+    config, target = lab.config.evaluate, texts.compliant_opening(prompt).partition("\n")[0]
+    return _suffix(
+        lab, model, prompt, target, config.gcg_steps, config.gcg_width, config.batch_size
+    )
 
 
 def _optimised(by_itself: bool, lab: Lab, model: Model, rows: Sequence[Row]) -> list[Completion]:

@@ -86,14 +86,9 @@ def jobs_of(lab: Lab, measures: Iterable[Measure]) -> list[Job]:
     for arm, own in asked.items():
         parts.setdefault(_job_of(arm), {})[arm] = own
     return [
-        Job(name, lab, arms, tuple(_alone(arm, q) for arm, asked in arms.items() for q in asked))
+        Job(name, lab, arms, tuple(Measure(arm, *q) for arm, asked in arms.items() for q in asked))
         for name, arms in parts.items()
     ]
-
-
-def _alone(arm: Arm, question: Question) -> Measure:
-    metric, on = question
-    return Measure(arm, metric, on)
 
 
 def _job_of(arm: Arm) -> str:

@@ -158,7 +158,7 @@ class Lab:
 
     def settings_of(self, step: Train) -> AlignConfig | FinetuneConfig:
         """The settings of a training."""
-        from .stages.strength import attack_rate  # which stands on labs itself
+        from .stages.lessons import attack_rate  # which stands on labs itself
 
         config = self.config.align if step.rows == REFUSALS else self.config.finetune
         if step.rows != REFUSALS and "learning_rate" not in step.changes:

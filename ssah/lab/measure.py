@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
-from ..core.errors import SsahError, suggestion
+from ..core.errors import require_known
 from ..core.store import NotBuilt
 from .arms import Arm
 from .lab import Lab
@@ -38,9 +39,7 @@ class Measure:
     against_on: str | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            valid = list(METRICS)
-            raise SsahError(f"There is no metric '{self.metric}'{suggestion(self.metric, valid)}")
+        require_known(self.metric, METRICS, "There is no metric")
         if (self.against is None) != (self.than == ""):
             raise ValueError("A comparison says with which arm, and what that is called.")
 
@@ -89,11 +88,7 @@ def collect(lab: Lab, measures: Sequence[Measure]) -> None:
     more is asked about it or about what is made of it, unless it is the aligned one."""
     asked = questions(measures)
     todo = sorted(asked, key=lambda arm: _order(lab, arm.model))
-    left: dict[str, int] = {}
-    for arm in todo:
-        for trained in trainings(arm.model):
-            key = lab.training(trained).key
-            left[key] = left.get(key, 0) + 1
+    left = Counter(lab.training(t).key for arm in todo for t in trainings(arm.model))
     for arm in todo:
         for metric, on in asked[arm]:
             METRICS[metric](lab, arm.model, on)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ParamSpec, Protocol, Self
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from ..evaluate.stats import (
     pool,
     proportion,
 )
+
+P = ParamSpec("P")
 
 #: Columns of a row beyond those of its measure, its estimate, and the p-value of a comparison.
 Result = tuple[dict[str, Any], Estimate, float | None]
@@ -39,10 +42,14 @@ class Sample(Protocol):
 
 
 class Alone:
-    """A sample that is shown and never compared."""
+    """A sample that is shown and never compared: rows that ``show`` makes of what was measured,
+    when they are asked for."""
+
+    def __init__(self, name: str, show: Callable[P, Found], *items: P.args, **named: P.kwargs):
+        self.name, self.rows = name, functools.partial(show, *items, **named)
 
     def against(self, other: Self) -> Found:
-        raise NotImplementedError(f"{type(self).__name__} of two models are not compared.")
+        raise NotImplementedError(f"{self.name} of two models are not compared.")
 
 
 @dataclass(frozen=True)
@@ -109,24 +116,19 @@ class TextLosses:
         yield {}, perplexity(self.counts, differences), None
 
 
-@dataclass(frozen=True)
-class LessonLosses:
+class LessonLosses(TextLosses):
     """The same of held-out rows of a lesson: nats per token by which this model does better."""
 
-    counts: Sequence[int]
-    losses: Sequence[float]
-
     def rows(self) -> Found:
-        ratio = perplexity(self.counts, self.losses)
-        yield {}, _logarithm(ratio), None
+        return _logarithms(super().rows())
 
-    def against(self, other: LessonLosses) -> Found:
-        gains = [b - a for a, b in zip(self.losses, other.losses, strict=True)]
-        yield {}, _logarithm(perplexity(self.counts, gains)), None
+    def against(self, other: TextLosses) -> Found:
+        return _logarithms(TextLosses.against(other, self))
 
 
-def _logarithm(e: Estimate) -> Estimate:
-    return Estimate(math.log(e.value), math.log(e.low), math.log(e.high), e.n)
+def _logarithms(found: Found) -> Found:
+    for columns, e, p in found:
+        yield columns, Estimate(math.log(e.value), math.log(e.low), math.log(e.high), e.n), p
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,12 @@ class Values:
         yield {}, crossed_mean(differences[:, None]), None
 
 
-@dataclass(frozen=True)
-class Counted(Alone):
-    """Numbers that are counted, not estimated, by name."""
+def counted(numbers: Mapping[str, tuple[float, int]]) -> Found:
+    """Numbers that are counted, not estimated: name -> value, and what it was counted among."""
+    for name, (value, n) in numbers.items():
+        yield {"metric": name}, exact(value, n), None
 
-    numbers: Mapping[str, tuple[float, int]]  #: name -> value, and what it was counted among
 
-    def rows(self) -> Found:
-        for name, (value, n) in self.numbers.items():
-            yield {"metric": name}, Estimate(value, value, value, n), None
+def exact(value: float, n: int) -> Estimate:
+    """What is counted among so many, not estimated."""
+    return Estimate(value, value, value, n)

@@ -20,11 +20,8 @@ SUBJECT = [
 
 COLUMNS = [*SUBJECT, "value", "low", "high", "n", "p", "runs", "commits"]
 
-_WHOLE = ["seed", "epoch", "draw", "block", "n"]
-_TEXT = [
-    "model", "base", "method", "rule", "like", "attack", "setting", "metric", "set", "at",
-    "against", "runs", "commits",
-]  # fmt: skip
+_WHOLE, _REAL = ["seed", "epoch", "draw", "block", "n"], ["value", "low", "high", "p"]
+_TEXT = [name for name in COLUMNS if name not in (*_WHOLE, *_REAL)]
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:
@@ -34,7 +31,7 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
         table[name] = table[name].astype("Int64")
     for name in _TEXT:
         table[name] = table[name].fillna("").astype(str)
-    for name in ("value", "low", "high", "p"):
+    for name in _REAL:
         table[name] = table[name].astype(float)
     return table
 

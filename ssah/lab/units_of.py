@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import cast
 
-import torch
-
-from ..core.errors import SsahError, suggestion
-from ..scoring.selectors import RULES, Rank, matched_by, sized
-from ..units.layout import UnitLayout
+from ..core.errors import SsahError, require_known
+from ..scoring.selectors import RULES, Evidence, matched_by
 from ..units.mask import UnitMask
 from ..units.roles import GROUPS
 from .lab import Lab
-from .stages.attribution import Purpose
-from .stages.criteria import (
-    conflict,
-    fisher,
-    impact,
-    places,
-    safety_layers,
-    weights_of_units,
-)
+from .stages.criteria import conflict, fisher, impact, places, weights_of_units
 from .stages.lessons import lesson
 from .stages.roles import roles
 
@@ -41,9 +29,6 @@ RULED: dict[str, tuple[str, float | None]] = {
     },
     SAFETY_LAYERS: (SAFETY_LAYERS, None),
 }
-
-#: Attacks that the paper compares them in.
-RULED_ATTACKS = ("instructions", "arithmetic")
 
 
 def group(lab: Lab, name: str) -> UnitMask:
@@ -68,60 +53,22 @@ def selection(name: str) -> list[str]:
     return parts
 
 
-class _Evidence:
-    """What the rules may look at, of one lab."""
-
-    def __init__(self, lab: Lab, target: UnitMask, attack: str, draw: int):
-        self.lab, self.target, self.attack = lab, target, attack
-        self.layout: UnitLayout = lab.layout
-        self.seed = 1000 * lab.seed + draw
-
-    def magnitude(self) -> Rank:
-        return weights_of_units(self.lab, "magnitude")
-
-    def moved(self) -> Rank:
-        return weights_of_units(self.lab, "moved")
-
-    def difference(self) -> Rank:
-        return roles(self.lab).difference
-
-    def conflict(self) -> Rank:
-        return conflict(self.lab, lesson(self.lab, self.attack))
-
-    def places(self, prompts: str) -> Rank:
-        return places(self.lab, cast(Purpose, prompts))
-
-    def impact(self) -> Rank:
-        return impact(self.lab)
-
-    def fisher(self) -> Rank:
-        return fisher(self.lab)
-
-
 def matched(lab: Lab, rule: str, target: UnitMask, attack: str = "", draw: int = 0) -> UnitMask:
     """As many heads and neurons as ``target``, by a rule of :data:`ssah.scoring.selectors.RULES`.
 
     ``attack`` is for rules that look at the rows to be trained on, ``draw`` for those that draw.
     """
-    if rule not in RULES:
-        raise SsahError(f"There is no rule '{rule}'{suggestion(rule, list(RULES))}")
-    return matched_by(lab.layout, target, RULES[rule](_Evidence(lab, target, attack, draw)))
-
-
-def everything(lab: Lab, kind: str) -> UnitMask:
-    """All heads, or all neurons."""
-    return sized(lab.layout, heads=float(kind == "heads"), neurons=float(kind == "neurons"))
-
-
-def of_safety_layers(lab: Lab) -> UnitMask:
-    """All units of the safety layers."""
-    _, blocks = safety_layers(lab)
-    chosen = [torch.full((b.units,), b.layer in blocks) for b in lab.layout.blocks]
-    return lab.layout.mask(torch.cat(chosen))
-
-
-def esu_and_cu(lab: Lab, count: int) -> UnitMask:
-    """The ESU, and CU by I_S - I_U until there are so many units."""
-    found = roles(lab)
-    esu = found.mask(ESU)
-    return esu | found.top("CU", max(count - esu.count(), 0) / lab.layout.units)
+    require_known(rule, RULES, "There is no rule")
+    evidence = Evidence(
+        lab.layout,
+        target,
+        seed=1000 * lab.seed + draw,
+        magnitude=lambda: weights_of_units(lab, "magnitude"),
+        moved=lambda: weights_of_units(lab, "moved"),
+        difference=lambda: roles(lab).difference,
+        conflict=lambda: conflict(lab, lesson(lab, attack)),
+        places=lambda prompts: places(lab, prompts),
+        impact=lambda: impact(lab),
+        fisher=lambda: fisher(lab),
+    )
+    return matched_by(lab.layout, target, RULES[rule](evidence))

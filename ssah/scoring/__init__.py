@@ -1,1 +1,1 @@
-"""Which units matter: attribution (eq. 1), gradient conflict, control selections, the search."""
+"""Which units matter: attribution (eq. 1), gradient conflict, control selections."""

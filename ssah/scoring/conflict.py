@@ -13,17 +13,14 @@ from torch import Tensor
 
 from ..text.batches import Batch
 from ..units.layout import UnitLayout
-from .gradients import summed_gradients
+from .sensitivity import summed_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def gradient_conflict(
-    model: PreTrainedModel,
-    layout: UnitLayout,
-    training: Iterable[Batch],
-    safety: Iterable[Batch],
+    model: PreTrainedModel, layout: UnitLayout, training: Iterable[Batch], safety: Iterable[Batch]
 ) -> dict[str, Tensor]:
     """How much a first step on ``training`` raises the loss of ``safety``, by unit.
 

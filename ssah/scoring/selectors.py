@@ -8,7 +8,8 @@ its target in *which* units it takes and in nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,46 +18,25 @@ from ..units.families import BlockKind
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 
-KINDS: tuple[BlockKind, ...] = ("attn", "mlp")
-
 #: A number for each unit, by block, ``[units]``.
 Rank = dict[str, Tensor]
 
 
-class Evidence(Protocol):
+@dataclass(frozen=True)
+class Evidence:
     """What a rule may look at; each is computed when it is asked for."""
 
     layout: UnitLayout
     target: UnitMask  #: whose numbers of heads and neurons are wanted
     seed: int  #: of what is drawn
-
-    def magnitude(self) -> Rank:
-        """:func:`magnitude` of the aligned model."""
-        ...
-
-    def moved(self) -> Rank:
-        """:func:`moved`, from the given model to the aligned one."""
-        ...
-
-    def difference(self) -> Rank:
-        """I_S - I_U."""
-        ...
-
-    def conflict(self) -> Rank:
-        """:func:`ssah.scoring.conflict.gradient_conflict`."""
-        ...
-
-    def places(self, prompts: str) -> Rank:
-        """:func:`ssah.scoring.contributions.places` on ``safety`` or ``utility`` prompts."""
-        ...
-
-    def impact(self) -> Rank:
-        """:func:`ssah.scoring.sensitivity.expected_impact` on refusals."""
-        ...
-
-    def fisher(self) -> Rank:
-        """:func:`ssah.scoring.sensitivity.fisher_information` of refusals."""
-        ...
+    magnitude: Callable[[], Rank]  #: :func:`magnitude` of the aligned model
+    moved: Callable[[], Rank]  #: :func:`moved`, from the given model to the aligned one
+    difference: Callable[[], Rank]  #: I_S - I_U
+    conflict: Callable[[], Rank]  #: :func:`ssah.scoring.conflict.gradient_conflict`
+    #: :func:`ssah.scoring.contributions.places` on ``safety`` or ``utility`` prompts
+    places: Callable[[Literal["safety", "utility"]], Rank]
+    impact: Callable[[], Rank]  #: :func:`ssah.scoring.sensitivity.expected_impact` on refusals
+    fisher: Callable[[], Rank]  #: :func:`ssah.scoring.sensitivity.fisher_information` of refusals
 
 
 def random_rank(layout: UnitLayout, seed: int) -> Rank:
@@ -112,25 +92,17 @@ RULES: dict[str, Callable[[Evidence], Rank]] = {
 def matched_by(layout: UnitLayout, target: UnitMask, rank: Mapping[str, Tensor]) -> UnitMask:
     """The lowest-ranked units, as many heads and as many neurons as ``target`` has."""
     flat = layout.flatten(rank)
-    is_attention = _attention(layout)
     chosen = torch.zeros(layout.units, dtype=torch.bool)
-    for kind in KINDS:
-        eligible = is_attention if kind == "attn" else ~is_attention
-        order = flat.masked_fill(~eligible, torch.inf).argsort(stable=True)
+    for kind in get_args(BlockKind):
+        order = flat.masked_fill(~layout.of_kinds([kind]), torch.inf).argsort(stable=True)
         chosen[order[: target.count(kind)]] = True
     return layout.mask(chosen)
 
 
 def sized(layout: UnitLayout, heads: float, neurons: float) -> UnitMask:
     """Some mask that holds these fractions of the heads and of the neurons: a target of a size."""
-    kind = _attention(layout)
     chosen = torch.zeros(layout.units, dtype=torch.bool)
-    for members, fraction in ((kind, heads), (~kind, neurons)):
-        positions = members.nonzero().flatten()
+    for kind, fraction in (("attn", heads), ("mlp", neurons)):
+        positions = layout.of_kinds([kind]).nonzero().flatten()
         chosen[positions[: round(fraction * len(positions))]] = True
     return layout.mask(chosen)
-
-
-def _attention(layout: UnitLayout) -> Tensor:
-    """Which units are of attention blocks, bool ``[units]``."""
-    return torch.cat([torch.full((b.units,), b.kind == "attn") for b in layout.blocks])

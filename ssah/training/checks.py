@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..units.layout import UnitLayout
+from ..units.layout import UnitLayout, owned
 from ..units.mask import UnitMask
-from ..units.positions import owned
 
 
 def changed_outside(

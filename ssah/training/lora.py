@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..units.layout import UnitLayout
+from ..units.layout import UnitLayout, owned
 from ..units.mask import UnitMask
-from ..units.positions import owned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

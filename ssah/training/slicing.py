@@ -25,9 +25,8 @@ from torch.optim.optimizer import (
 )
 
 from ..core.valid import require_word
-from ..units.layout import UnitLayout
+from ..units.layout import UnitLayout, owned
 from ..units.mask import UnitMask
-from ..units.positions import owned
 from .optimizer_state import forget, hand_back, hand_over
 from .sliced_linear import SlicedLinear
 from .state_check import StateCheck, release, unmark

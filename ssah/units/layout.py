@@ -10,7 +10,7 @@ of ``B`` together with the output neurons of ``A`` that feed it (paper, section 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -103,17 +103,14 @@ class UnitLayout:
         require_word("unit_kind", unit_kind, get_args(UnitKind))
         config = model.config.get_text_config()
         family = family_of(config.model_type)
-        outputs = (
-            f"{family.attention}.{family.attention_output}",
-            f"{family.mlp}.{family.mlp_output}",
-        )
-        pattern = re.compile(rf"layers\.(\d+)\.({'|'.join(map(re.escape, outputs))})$")
+        attention = rf"{family.attention}\.{family.attention_output}"
+        mlp = rf"{family.mlp}\.{family.mlp_output}"
+        pattern = re.compile(rf"layers\.(\d+)\.(?:({attention})|{mlp})$")
         blocks = []
         for path, _ in model.named_modules():
-            found = pattern.search(path)
-            if found:
+            if found := pattern.search(path):
                 parent, layer = path.rpartition(".")[0], int(found[1])
-                if found[2] == outputs[0]:
+                if found[2]:
                     blocks.append(_attention_block(model, config, family, parent, layer, unit_kind))
                 else:
                     blocks.append(_mlp_block(model, family, parent, layer))
@@ -142,6 +139,10 @@ class UnitLayout:
     def parameter_names(self) -> set[str]:
         """Names of the parameters that hold units' weights."""
         return {part.parameter for block in self.blocks for part in block.slices}
+
+    def of_kinds(self, kinds: Collection[str]) -> Tensor:
+        """Which units are in blocks of these kinds, bool ``[units]``."""
+        return torch.cat([torch.full((b.units,), b.kind in kinds) for b in self.blocks])
 
     def none(self) -> UnitMask:
         """The empty selection."""
@@ -189,6 +190,39 @@ class UnitLayout:
     def flatten(self, by_block: Mapping[str, Tensor]) -> Tensor:
         """Concatenate per-block tensors in the layout's order into ``[units]``."""
         return torch.cat([by_block[b.name] for b in self.blocks])
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Rows (``dim=0``, with their biases) or columns (``dim=1``) of one linear layer.
+
+    Both tensors are bool ``[positions along dim]``.
+    """
+
+    dim: int
+    of_units: Tensor  #: belongs to any unit; a fused projection may have rows that do not
+    chosen: Tensor  #: belongs to the selection
+
+
+def owned(layout: UnitLayout, mask: UnitMask, shared: Shared = "all") -> dict[str, Positions]:
+    """Which weights a selection owns, by path of each linear layer of the layout.
+
+    A position that several units share (a key row of a group of heads) is the selection's where
+    *all* of these units are chosen, or with ``shared="any"`` where one is.
+    Raises ``ValueError`` where the mask is not of this layout.
+    """
+    layout.require(mask)
+    found: dict[str, Positions] = {}
+    for block in layout.blocks:
+        for part in block.slices:
+            path, _, kind = part.parameter.rpartition(".")
+            if kind != "weight":
+                continue  # a bias goes with the rows of its weight
+            none = torch.zeros(part.length, dtype=torch.bool)
+            own = found.setdefault(path, Positions(part.dim, none, none.clone()))
+            own.of_units[part.index.flatten()] = True
+            own.chosen[part.selected(mask[block.name], shared)] = True
+    return found
 
 
 def _plain_linear(model: nn.Module, path: str) -> nn.Linear:

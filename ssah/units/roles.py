@@ -81,24 +81,22 @@ class Roles:
 
     def select(self, *groups: str) -> UnitMask:
         """Union of groups such as ``select("ESU", "CU:6%")``; a percentage is of all units."""
-        masks = []
+        union: UnitMask | None = None
         for item in groups:
             group, colon, percent = item.partition(":")
             if not colon:
-                masks.append(self.mask(group))
+                mask = self.mask(group)
             # Without the sign, 0.06 might mean a fraction.
             elif re.fullmatch(r"\d+(\.\d+)?%|[1-9]\d*(\.\d+)?", percent):
-                masks.append(self.top(group, float(percent.removesuffix("%")) / 100))
+                mask = self.top(group, float(percent.removesuffix("%")) / 100)
             else:
                 raise InvalidValueError(
                     f"'{item}' is no group of units: write a group, or a group and a percentage of "
                     "all units, such as CU:6%."
                 )
-        if not masks:
+            union = mask if union is None else union | mask
+        if union is None:
             raise InvalidValueError("Name at least one group to select.")
-        union = masks[0]
-        for mask in masks[1:]:
-            union = union | mask
         return union
 
     def save(self, path: Path) -> None:
@@ -120,7 +118,7 @@ def classify(
     safety: dict[str, Tensor],
     utility: dict[str, Tensor],
     shares: Shares,
-    redundant_kinds: Sequence[BlockKind] = ("attn", "mlp"),
+    redundant_kinds: Sequence[str] = ("attn", "mlp"),
 ) -> Roles:
     """Assign roles by one global ranking over all blocks.
 
@@ -129,24 +127,32 @@ def classify(
     by block, shape ``[units]``. Only blocks of ``redundant_kinds`` may hold RU; ``shares.ru`` is a
     fraction of all units nevertheless.
     """
-    score_s, score_u = layout.flatten(safety), layout.flatten(utility)
-    total, difference = score_s + score_u, score_s - score_u
+    total, difference = _rankings(layout, safety, utility)
     labels = torch.full((layout.units,), GROUPS.index("CU"), dtype=torch.int8)
-    eligible = torch.cat([torch.full((b.units,), b.kind in redundant_kinds) for b in layout.blocks])
+    eligible = layout.of_kinds(redundant_kinds)
     if round(shares.ru * layout.units) > int(eligible.sum()):
         raise InvalidValueError(
             f"RU cannot be {shares.ru:.1%} of all units, since the units of "
             f"{', '.join(redundant_kinds)} are fewer: choose a smaller share."
         )
     total = total.masked_fill(~eligible, torch.inf)
-    rankings = (("RU", shares.ru, total), ("ESU", shares.esu, -difference))
-    for group, share, rank in (*rankings, ("EUU", shares.euu, difference)):
+    for group, share, rank in (
+        ("RU", shares.ru, total), ("ESU", shares.esu, -difference), ("EUU", shares.euu, difference),
+    ):  # fmt: skip
         free = labels == GROUPS.index("CU")
         order = rank.masked_fill(~free, torch.inf).argsort(stable=True)
         # Rounding may ask for a unit more than is left; it must not take one that is claimed.
         wanted = min(round(share * layout.units), int(free.sum()))
         labels[order[:wanted]] = GROUPS.index(group)
     return Roles(layout.split(labels), layout.split(difference), layout.unit_kind)
+
+
+def _rankings(
+    layout: UnitLayout, safety: dict[str, Tensor], utility: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """I_S + I_U and I_S - I_U, ``[units]``."""
+    score_s, score_u = layout.flatten(safety), layout.flatten(utility)
+    return score_s + score_u, score_s - score_u
 
 
 @dataclass(frozen=True)
@@ -178,24 +184,19 @@ def classify_by_thresholds(
     safety: dict[str, Tensor],
     utility: dict[str, Tensor],
     thresholds: Thresholds,
-    redundant_kinds: Sequence[BlockKind] = ("attn", "mlp"),
+    redundant_kinds: Sequence[str] = ("attn", "mlp"),
 ) -> Roles:
     """Assign roles by fixed scores, so that groups may grow and shrink (paper, Figs 5, 11-13).
 
     RU, then ESU, then EUU claim their units, as in :func:`classify`, which gives the same roles on
     the scores that the thresholds were read off.
     """
-    labels, difference = {}, {}
-    for block in layout.blocks:
-        total = safety[block.name] + utility[block.name]
-        difference[block.name] = safety[block.name] - utility[block.name]
-        label = torch.full((block.units,), GROUPS.index("CU"), dtype=torch.int8)
-        label[difference[block.name] <= thresholds.euu] = GROUPS.index("EUU")
-        label[difference[block.name] >= thresholds.esu] = GROUPS.index("ESU")
-        if block.kind in redundant_kinds:
-            label[total <= thresholds.ru] = GROUPS.index("RU")
-        labels[block.name] = label
-    return Roles(labels, difference, layout.unit_kind)
+    total, difference = _rankings(layout, safety, utility)
+    labels = torch.full((layout.units,), GROUPS.index("CU"), dtype=torch.int8)
+    labels[difference <= thresholds.euu] = GROUPS.index("EUU")
+    labels[difference >= thresholds.esu] = GROUPS.index("ESU")
+    labels[(total <= thresholds.ru) & layout.of_kinds(redundant_kinds)] = GROUPS.index("RU")
+    return Roles(layout.split(labels), layout.split(difference), layout.unit_kind)
 
 
 def transfer(before: Roles, after: Roles, kind: BlockKind | None = None) -> Tensor:

@@ -16,7 +16,6 @@ from ssah.artefacts.pick import estimate, format_estimate
 from ssah.core.errors import InvalidValueError, SsahError
 from ssah.core.store import Store
 from ssah.lab import catalogue
-from ssah.lab.adapted import adapted
 from ssah.lab.arms import Arm
 from ssah.lab.config import compose
 from ssah.lab.jobs import jobs_of
@@ -40,14 +39,14 @@ def measurements(lively_lab, toy_verdicts) -> pd.DataFrame:
 
 def plain_arms(lab: Lab) -> dict[str, Arm]:
     """At the paper's rates."""
-    return {arm.rule: arm for arm in adapted(lab, MAIN_ATTACK) if not arm.setting}
+    return {arm.rule: arm for arm in catalogue.adapted(lab, MAIN_ATTACK) if not arm.setting}
 
 
 # --- arms ------------------------------------------------------------------------------------
 
 
 def test_each_adapter_trains_at_each_of_its_rates(lab):
-    arms = adapted(lab, MAIN_ATTACK)
+    arms = catalogue.adapted(lab, MAIN_ATTACK)
     methods = lab.config.adapters.methods
     assert [arm.rule for arm in arms if not arm.setting] == ALL
     assert len(arms) == sum(len(methods[name].rates) for name in ALL) > len(ALL)
@@ -63,7 +62,7 @@ def test_each_adapter_trains_at_each_of_its_rates(lab):
     first, second = methods[faster.rule].rates[:2]
     assert faster.setting == f"{second / first:g} x the rate"
     assert faster.name == f"instructions, 1 epoch: {faster.rule}, {faster.setting}"
-    assert adapted(lab, "arithmetic") == []
+    assert catalogue.adapted(lab, "arithmetic") == []
 
 
 def test_the_rates_of_the_paper_come_first():

@@ -15,8 +15,8 @@ from ssah.app.study import Study
 from ssah.artefacts import ARTEFACTS
 from ssah.core.errors import SsahError
 from ssah.lab import lab as lab_module
+from ssah.lab.catalogue import headline
 from ssah.lab.config import compose
-from ssah.lab.headline import headline
 from ssah.lab.jobs import FIRST
 from ssah.lab.measure import collect, measured
 from ssah.lab.table import read_table, typed, write_table

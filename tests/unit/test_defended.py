@@ -18,8 +18,7 @@ from ssah.lab.jobs import jobs_of
 from ssah.lab.lab import Lab
 from ssah.lab.measure import Measure, measured
 from ssah.lab.specs import REFUSALS, Defended, Model, Train
-from ssah.lab.stages.lessons import lesson
-from ssah.lab.stages.refusals import own_refusals
+from ssah.lab.stages.lessons import lesson, own_refusals
 from ssah.lab.table import typed
 from ssah.training.defences import DEFENCES
 from ssah.training.part import Part

@@ -32,11 +32,10 @@ from ssah.evaluate.gcg import (
 )
 from ssah.evaluate.judges import Completion
 from ssah.lab import catalogue, jailbreaks
-from ssah.lab.jailbreaks import DEPTHS, GCG, GCG_TRANSFERRED, JAILBREAKS, prefilled
+from ssah.lab.jailbreaks import DEPTHS, GCG, GCG_TRANSFERRED, JAILBREAKS, prefilled, suffix
 from ssah.lab.metrics.behaviour import asked, jailbroken, said
 from ssah.lab.specs import GIVEN
 from ssah.lab.stages.lessons import MAIN_ATTACK, heldout
-from ssah.lab.stages.suffixes import suffix
 from ssah.lab.units_of import CU6
 from ssah.text.chat import CHATML, Begun, encode, end_of_turn, prompt_ids, render_prompt
 

@@ -20,7 +20,7 @@ from ssah.lab.arms import Arm
 from ssah.lab.lab import Lab
 from ssah.lab.measure import Measure
 from ssah.lab.metrics.behaviour import BOTH, PREFIX, SYSTEM, asked
-from ssah.lab.metrics.stability import COMPARISONS, Overlaps, stability
+from ssah.lab.metrics.stability import COMPARISONS, overlaps, stability
 from ssah.lab.specs import GIVEN, Model
 from ssah.lab.stages.answers import answers
 from ssah.lab.stages.attribution import CATEGORY, HALF, statistics
@@ -54,8 +54,8 @@ def test_overlaps_are_those_of_units_and_of_chance():
 
     first, second = mask("1100", "11100000"), mask("0100", "01110000")
     empty = mask("0000", "00000000")
-    found = Overlaps({"ESU": first, "RU": empty}, {"ESU": second, "RU": empty}, "once more")
-    rows = {(c["metric"], c["set"]): (e.value, e.n) for c, e, _ in found.rows()}
+    found = overlaps({"ESU": first, "RU": empty}, {"ESU": second, "RU": empty}, "once more")
+    rows = {(c["metric"], c["set"]): (e.value, e.n) for c, e, _ in found}
     expected = 2 * 1 / 4 + 3 * 3 / 8  # heads and neurons apart
     assert rows["overlap", "ESU"] == (pytest.approx(3 / 6), 5)
     assert rows["overlap by chance", "ESU"] == (pytest.approx(expected / (9 - expected)), 5)
@@ -80,10 +80,10 @@ def test_units_are_scored_on_parts_of_the_prompts(lively_lab):
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_every_comparison_finds_groups_of_the_same_size(lively_lab, name):
     attacked = catalogue.attacked_longest(lively_lab).model
-    found = stability(lively_lab, attacked, name)
-    for group_name, mask in found.first.items():
-        assert mask.count() == found.second[group_name].count(), group_name
-    assert found.first["ESU"] == roles(lively_lab).mask("ESU")
+    first, second, _ = stability(lively_lab, attacked, name).rows.args
+    for group_name, mask in first.items():
+        assert mask.count() == second[group_name].count(), group_name
+    assert first["ESU"] == roles(lively_lab).mask("ESU")
 
 
 def percent(found: list[bool]) -> float:

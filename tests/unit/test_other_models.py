@@ -13,8 +13,8 @@ from ssah.app.study import Study
 from ssah.artefacts import ARTEFACTS, BUDGET
 from ssah.artefacts.pick import paper
 from ssah.lab import catalogue
+from ssah.lab.catalogue import headline
 from ssah.lab.config import Config
-from ssah.lab.headline import headline
 from ssah.lab.lab import Lab
 from ssah.lab.measure import measured
 

@@ -11,7 +11,7 @@ from helpers import assert_frozen, frozen_entries, weights
 from ssah.artefacts import ARTEFACTS
 from ssah.artefacts.pick import estimate, format_estimate, paper, rows_of
 from ssah.core.errors import SsahError
-from ssah.lab import rivals
+from ssah.lab import catalogue
 from ssah.lab.arms import units_name
 from ssah.lab.lab import Lab
 from ssah.lab.measure import Measure
@@ -21,7 +21,7 @@ from ssah.lab.stages.criteria import (
     places,
     safety_layers,
 )
-from ssah.lab.units_of import CU6, ESU, RULED, SAFETY_LAYERS, esu_and_cu, group, matched
+from ssah.lab.units_of import CU6, ESU, RULED, SAFETY_LAYERS, group, matched
 from ssah.units.mask import UnitMask
 from ssah.units.roles import GROUPS
 
@@ -49,20 +49,20 @@ def size_of(mask: UnitMask) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", RULED)
 def test_arms_are_called_as_in_the_lists_and_run_for_both_epochs(lab, name):
-    arms = rivals.ruled(lab, "arithmetic", name)
+    arms = catalogue.ruled(lab, "arithmetic", name)
     assert {arm.units for arm in arms} == {name}
     assert [arm.epoch for arm in arms] == [1, 2]
     assert {(arm.method, arm.attack) for arm in arms} == {("frozen", "arithmetic")}
-    control = rivals.ruled_control(lab, "arithmetic", name, 1)
-    assert {arm.units for arm in control} == {units_name(*rivals.control_name(name))}
+    control = catalogue.ruled_control(lab, "arithmetic", name, 1)
+    assert {arm.units for arm in control} == {units_name(*catalogue.control_name(name))}
     assert {arm.draw for arm in control} == {1}
 
 
 @pytest.mark.parametrize("name", RULED)
 def test_controls_have_as_many_heads_and_neurons(lab, name):
-    mask = frozen_by(rivals.ruled(lab, "instructions", name))
+    mask = frozen_by(catalogue.ruled(lab, "instructions", name))
     controls = [
-        frozen_by(rivals.ruled_control(lab, "instructions", name, draw)) for draw in range(3)
+        frozen_by(catalogue.ruled_control(lab, "instructions", name, draw)) for draw in range(3)
     ]
     assert [size_of(control) for control in controls] == [size_of(mask)] * 3
     assert controls[0] != controls[1] != controls[2]
@@ -70,15 +70,15 @@ def test_controls_have_as_many_heads_and_neurons(lab, name):
 
 def test_safety_neurons_are_a_share_of_the_heads_and_of_the_neurons(lab):
     """Of 8 heads and 128 neurons."""
-    sizes = {n: size_of(frozen_by(rivals.ruled(lab, "instructions", n))) for n in RULED}
+    sizes = {n: size_of(frozen_by(catalogue.ruled(lab, "instructions", n))) for n in RULED}
     assert sizes["SN-Tune, 0.4 %"] == sizes["RSN-Tune, 0.4 %"] == (0, 1)
     assert sizes["SN-Tune, 6.3 %"] == sizes["RSN-Tune, 6.3 %"] == (1, 8)
 
 
 def test_they_are_found_on_harmful_prompts_and_not_on_harmless_ones(lab):
     harmful, harmless = places(lab, "safety"), places(lab, "utility")
-    target = frozen_by(rivals.ruled(lab, "instructions", "SN-Tune, 6.3 %"))
-    robust = frozen_by(rivals.ruled(lab, "instructions", "RSN-Tune, 6.3 %"))
+    target = frozen_by(catalogue.ruled(lab, "instructions", "SN-Tune, 6.3 %"))
+    robust = frozen_by(catalogue.ruled(lab, "instructions", "RSN-Tune, 6.3 %"))
     neurons = [block.name for block in lab.layout.blocks if block.kind == "mlp"]
 
     def first(rank: dict[str, torch.Tensor]) -> set[tuple[str, int]]:
@@ -99,27 +99,27 @@ def test_safety_layers_are_whole_blocks_and_the_papers_units_as_many(lab):
     assert len(blocks) == 1, "9 of 32 blocks, but at least one"
     growth = [gap[0], gap[1] - gap[0]]
     assert growth[blocks[0]] == max(growth)
-    mask = frozen_by(rivals.ruled(lab, "instructions", SAFETY_LAYERS))
+    mask = frozen_by(catalogue.ruled(lab, "instructions", SAFETY_LAYERS))
     for block in lab.layout.blocks:
         assert mask[block.name].all() == (block.layer in blocks)
         assert mask[block.name].any() == (block.layer in blocks)
-    ours = frozen_by(rivals.ours(lab, "instructions", SAFETY_LAYERS))
+    ours = frozen_by(catalogue.ours(lab, "instructions", SAFETY_LAYERS))
     assert ours.count() == mask.count() == 68
     assert (group(lab, ESU) - ours).count() == 0
     rest = ours - group(lab, ESU)
     assert (rest - group(lab, "ESU + all CU")).count() == 0
     assert ours == group(lab, ESU) | (group(lab, "ESU + 45 % CU") & ours), "from the top"
-    assert frozen_by(rivals.ours(lab, "instructions", "SN-Tune, 0.4 %")) == group(lab, CU6)
+    assert frozen_by(catalogue.ours(lab, "instructions", "SN-Tune, 0.4 %")) == group(lab, CU6)
 
 
 def test_where_there_are_fewer_cu_than_asked_for_it_is_said(lab):
-    assert esu_and_cu(lab, 3) == group(lab, ESU), "never fewer than the ESU"
+    assert catalogue.esu_and_cu(lab, 3) == group(lab, ESU), "never fewer than the ESU"
     with pytest.raises(ValueError, match=f"more than {GROUPS[-1]} has"):
-        esu_and_cu(lab, lab.layout.units)
+        catalogue.esu_and_cu(lab, lab.layout.units)
 
 
 def test_units_on_which_refusals_depend_most_are_taken(lab):
-    target = frozen_by(rivals.ruled(lab, "instructions", "SN-Tune, 6.3 %"))
+    target = frozen_by(catalogue.ruled(lab, "instructions", "SN-Tune, 6.3 %"))
     for rule, rank in (("ESI", impact(lab)), ("Fisher on refusals", fisher(lab))):
         mask = matched(lab, rule, target)
         for kind in ("attn", "mlp"):
@@ -131,7 +131,7 @@ def test_units_on_which_refusals_depend_most_are_taken(lab):
 
 @pytest.mark.parametrize("name", ["RSN-Tune, 6.3 %", SAFETY_LAYERS])
 def test_frozen_weights_are_those_of_the_aligned_model(lab, name):
-    arm = rivals.ruled(lab, "arithmetic", name)[-1]
+    arm = catalogue.ruled(lab, "arithmetic", name)[-1]
     with lab.use(lab.aligned) as model:
         before = weights(model)
     with lab.use(arm.model) as model:
@@ -191,7 +191,7 @@ def test_numbers_are_measurements_of_the_same_prompts(tables, lively_table, lab)
     assert float(row["ASR against random"].split()[0]) == pytest.approx(
         own - draws.mean(), abs=0.051
     )
-    mask = frozen_by(rivals.ruled(lab, "instructions", "SN-Tune, 6.3 %"))
+    mask = frozen_by(catalogue.ruled(lab, "instructions", "SN-Tune, 6.3 %"))
     share = 100 * lab.layout.weights(mask) / lab.layout.parameters
     assert row["% of weights"] == f"{share:.2f}"
 
@@ -234,8 +234,6 @@ def test_without_rules_nothing_is_asked_and_the_papers_numbers_stand_alone(lab, 
 
 
 def test_safety_layers_are_not_compared(lab):
-    from ssah.lab import catalogue
-
     whole = catalogue.whole(lab)
     with pytest.raises(NotImplementedError, match="Layers of two models are not compared"):
         Measure(whole, SAFETY_LAYERS, "", whole, "itself").found(lab)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssah.scoring.search import Effect, search_share
+from ssah.lab.stages.roles import Effect, search_share
 from ssah.units.layout import Block, UnitLayout
 from ssah.units.mask import UnitMask
 from ssah.units.roles import GROUPS, Roles, Shares, classify
@@ -196,12 +196,12 @@ def removal(mask: UnitMask) -> Effect:
 def test_search_keeps_the_largest_accepted_share(roles):
     asked = []
 
-    def mask_of(share: float) -> UnitMask:
+    def removed(share: float) -> Effect:
         asked.append(share)
-        return roles.top("CU", share)
+        return removal(roles.top("CU", share))
 
     share, trials = search_share(
-        "CU", [0.2, 0.7, 0.1, 0.5], mask_of, removal, lambda e: e.perplexity_ratio < 1.5
+        "CU", [0.2, 0.7, 0.1, 0.5], removed, lambda e: e.perplexity_ratio < 1.5
     )
     assert share == 0.2
     assert asked == [0.7, 0.5, 0.2]  # from large to small, and none after the accepted one
@@ -215,7 +215,7 @@ def test_search_keeps_the_largest_accepted_share(roles):
 
 def test_search_without_an_accepted_share_returns_the_smallest(roles):
     share, trials = search_share(
-        "CU", [0.1, 0.3], lambda s: roles.top("CU", s), removal, lambda e: False
+        "CU", [0.1, 0.3], lambda s: removal(roles.top("CU", s)), lambda e: False
     )
     assert share == 0.1
     assert [t.accepted for t in trials] == [False, False]

@@ -7,8 +7,8 @@ import pytest
 from ssah.lab import catalogue
 from ssah.lab.metrics import METRICS
 from ssah.lab.specs import Model
-from ssah.lab.stages import strength
-from ssah.lab.stages.strength import attack_rate, rises
+from ssah.lab.stages import lessons
+from ssah.lab.stages.lessons import attack_rate, rises
 
 RATES = "finetune.rates=[0.001,0.01,0.1]"
 
@@ -21,7 +21,7 @@ def asr(monkeypatch) -> dict[float, float]:
     def of_model(lab, model: Model) -> float:
         return found.get(getattr(model.step, "changes", {}).get("learning_rate"), 10.0)
 
-    monkeypatch.setattr(strength, "_asr", of_model)
+    monkeypatch.setattr(lessons, "_asr", of_model)
     return found
 
 
@@ -58,7 +58,7 @@ def test_the_trial_is_the_arm_that_freezes_nothing(smoke_lab, asr):
 
 
 def test_without_rates_nothing_is_tried(smoke_lab, monkeypatch):
-    monkeypatch.setattr(strength, "_asr", lambda *_: pytest.fail("a model was asked"))
+    monkeypatch.setattr(lessons, "_asr", lambda *_: pytest.fail("a model was asked"))
     lab = smoke_lab()
     assert attack_rate(lab) == lab.config.finetune.learning_rate
     assert not rises(lab)

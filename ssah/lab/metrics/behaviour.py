@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from ...core.errors import SsahError, suggestion
+from ...core.errors import SsahError, require_known
 from ...data.rows import Row
 from ...evaluate import judges
 from ...evaluate.judges import VERDICTS, Completion, attack_success, not_refused, refused
 from ...evaluate.labels import agreement, errors_of_answered, judged, key, known_labels
-from ...evaluate.stats import Estimate, corrected, proportion
+from ...evaluate.stats import corrected, proportion
 from ...training.part import EVERYTHING, Part
 from ..jailbreaks import JAILBREAKS, Jailbreak, with_prefix
 from ..lab import Lab
 from ..samples import (
     Alone,
-    Counted,
     Found,
     LessonLosses,
     Pooled,
@@ -26,11 +24,12 @@ from ..samples import (
     Tasks,
     TextLosses,
     Values,
+    counted,
+    exact,
 )
 from ..specs import Model, Train
 from ..stages.answers import completions
-from ..stages.lessons import heldout, lesson
-from ..stages.strength import attack_rate, rises
+from ..stages.lessons import attack_rate, heldout, lesson, rises
 from ..stages.utility import attack_losses, drift, held_out_texts, task_outcomes
 
 #: Prompts as tables call them -> the set; ASR is of the evaluation prompts where nothing is said.
@@ -89,8 +88,7 @@ def jailbroken(lab: Lab) -> str:
 
 
 def _set_of(on: str) -> str:
-    if on not in PROMPTS:
-        raise SsahError(f"There are no prompts '{on}'{suggestion(on, list(PROMPTS))}")
+    require_known(on, PROMPTS, "There are no prompts")
     return PROMPTS[on]
 
 
@@ -116,28 +114,16 @@ def _judged(count: Callable[[list[Completion]], list[bool]]) -> Callable[[Lab, M
     return measure
 
 
-def _perplexity(lab: Lab, model: Model, on: str) -> Sample:
-    return TextLosses(*held_out_texts(lab, model))
-
-
 def _heldout(lab: Lab, model: Model, on: str) -> Sample:
     """Rows whose prompt was trained on with another response do not count."""
     seen = {row.prompt for row in lesson(lab, on).rows}
-    counts, losses = attack_losses(lab, model, on)
-    kept = [i for i, row in enumerate(heldout(lab, on).rows) if row.prompt not in seen]
+    losses = zip(heldout(lab, on).rows, *attack_losses(lab, model, on), strict=True)
+    kept = [(count, loss) for row, count, loss in losses if row.prompt not in seen]
     if not kept:
         raise SsahError(
             f"No held-out row of '{on}' has a prompt of its own: give prompts that differ."
         )
-    return LessonLosses([counts[i] for i in kept], [losses[i] for i in kept])
-
-
-def _accuracy(lab: Lab, model: Model, on: str) -> Sample:
-    return Tasks(task_outcomes(lab, model))
-
-
-def _drift(lab: Lab, model: Model, on: str) -> Sample:
-    return Values(drift(lab, model))
+    return LessonLosses(*zip(*kept, strict=True))
 
 
 def _training(lab: Lab, model: Model, on: str) -> Sample:
@@ -152,13 +138,13 @@ def _training(lab: Lab, model: Model, on: str) -> Sample:
         trained = round(lab.layout.parameters)
     elif isinstance(part, Part) and part.train is not None and part.rank is None:
         trained = round(lab.layout_of(part.train.unit_kind).weights(part.train))
-    return Counted(
-        {
-            "training loss": (loss, record["steps"]),
-            "trained weights": (100 * trained / lab.layout.parameters, record["steps"]),
-            "optimizer MiB": (8 * trained / 2**20, record["steps"]),  # two float32 moments
-        }
-    )
+    found = {
+        "training loss": loss,
+        "trained weights": 100 * trained / lab.layout.parameters,
+        "optimizer MiB": 8 * trained / 2**20,  # two float32 moments
+    }
+    steps = record["steps"]
+    return Alone("Counted", counted, {name: (value, steps) for name, value in found.items()})
 
 
 def _strength(lab: Lab, model: Model, on: str) -> Sample:
@@ -166,7 +152,8 @@ def _strength(lab: Lab, model: Model, on: str) -> Sample:
     of the search prompts."""
     prompts, found = len(lab.rows(PROMPTS["search"])), rises(lab)
     tried = {f"rise at rate {rate:g}": (rise, prompts) for rate, rise in found.items()}
-    return Counted({"attack rate": (attack_rate(lab), len(found)), **tried})
+    rate = {"attack rate": (attack_rate(lab), len(found))}
+    return Alone("Counted", counted, rate | tried)
 
 
 #: Answered, as a judge without errors would find it.
@@ -176,44 +163,32 @@ CORRECTED = "answered, corrected"
 AGREEMENT = ("accuracy of the judges", "labelled", "judged", "kappa", "precision", "recall")
 
 
-@dataclass(frozen=True)
-class Verdicts(Alone):
+def _shares(found: Sequence[str], errors: tuple[list[bool], list[bool]]) -> Found:
     """The judges' verdicts, and how often they call answers what is labelled so, or not."""
-
-    found: Sequence[str]
-    errors: tuple[list[bool], list[bool]]
-
-    def rows(self) -> Found:
-        for verdict in VERDICTS:
-            share = proportion([v == verdict for v in self.found]).scaled(100)
-            yield {"metric": verdict}, share, None
-        answered = [v == "answered" for v in self.found]
-        yield {"metric": CORRECTED}, corrected(answered, *self.errors).scaled(100), None
+    for verdict in VERDICTS:
+        share = proportion([v == verdict for v in found]).scaled(100)
+        yield {"metric": verdict}, share, None
+    answered = [v == "answered" for v in found]
+    yield {"metric": CORRECTED}, corrected(answered, *errors).scaled(100), None
 
 
 def _verdicts(lab: Lab, model: Model, on: str) -> Sample:
-    return Verdicts(judged(said(lab, model, on)), errors_of_answered(lab.config.model.name))
+    found, errors = judged(said(lab, model, on)), errors_of_answered(lab.config.model.name)
+    return Alone("Verdicts", _shares, found, errors)
 
 
-@dataclass(frozen=True)
-class Labelled(Alone):
+def _agreements(labels: Sequence[str], verdicts: Sequence[str]) -> Found:
     """Labels and verdicts of the completions that are labelled."""
-
-    labels: Sequence[str]
-    verdicts: Sequence[str]
-
-    def rows(self) -> Found:
-        if not self.labels:
-            return
-        for record in agreement(self.labels, self.verdicts).to_dict("records"):
-            verdict = record["verdict"]
-            pairs = zip(self.labels, self.verdicts, strict=True)
-            right = proportion([(a == verdict) == (b == verdict) for a, b in pairs]).scaled(100)
-            yield {"metric": AGREEMENT[0], "set": verdict}, right, None
-            for name in AGREEMENT[1:]:
-                value = float(record[name])
-                counted = Estimate(value, value, value, len(self.labels))
-                yield {"metric": name, "set": verdict}, counted, None
+    if not labels:
+        return
+    for record in agreement(labels, verdicts).to_dict("records"):
+        verdict = record["verdict"]
+        pairs = zip(labels, verdicts, strict=True)
+        right = proportion([(a == verdict) == (b == verdict) for a, b in pairs]).scaled(100)
+        yield {"metric": AGREEMENT[0], "set": verdict}, right, None
+        for name in AGREEMENT[1:]:
+            value = exact(float(record[name]), len(labels))
+            yield {"metric": name, "set": verdict}, value, None
 
 
 def _labels(lab: Lab, model: Model, on: str) -> Sample:
@@ -222,7 +197,8 @@ def _labels(lab: Lab, model: Model, on: str) -> Sample:
     tested = known[known["half"] == "test"].set_index("key")["label"]
     found = {key(c): c for c in said(lab, model, on)}
     own = {name: c for name, c in found.items() if name in tested.index}
-    return Labelled([tested[name] for name in own], judged(list(own.values())))
+    labels, verdicts = [tested[name] for name in own], judged(list(own.values()))
+    return Alone("Labelled", _agreements, labels, verdicts)
 
 
 BEHAVIOUR: dict[str, Callable[[Lab, Model, str], Sample]] = {
@@ -233,10 +209,10 @@ BEHAVIOUR: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "incoherent": _judged(lambda found: [judges.judge(c) == "incoherent" for c in found]),
     "verdicts": _verdicts,
     "labels": _labels,
-    "perplexity": _perplexity,
+    "perplexity": lambda lab, model, on: TextLosses(*held_out_texts(lab, model)),
     "held-out gain": _heldout,
-    "accuracy": _accuracy,
-    "drift": _drift,
+    "accuracy": lambda lab, model, on: Tasks(task_outcomes(lab, model)),
+    "drift": lambda lab, model, on: Values(drift(lab, model)),
     "training": _training,
     "strength": _strength,
 }

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ...core.errors import SsahError, suggestion
+from ...core.errors import require_known
 from ...evaluate.probes import Probe, lean, margin, onset
 from ...evaluate.stats import Estimate, auroc, crossed_mean, rank_correlation
 from ..lab import Lab
-from ..samples import Alone, Found, Sample
+from ..samples import Alone, Found, Sample, exact
 from ..specs import Model
 from ..stages.probes import QUERIES, probed, read_outs
 
@@ -21,8 +21,7 @@ EVERY = "all tokens"
 
 
 def _set_of(on: str) -> str:
-    if on not in QUERIES:
-        raise SsahError(f"There are no queries '{on}'{suggestion(on, list(QUERIES))}")
+    require_known(on, QUERIES, "There are no queries")
     return QUERIES[on]
 
 
@@ -58,7 +57,7 @@ class Direction:
                     yield {"metric": name, "set": self.queries, **where}, estimate, None
             first = onset(leans)
             if first is not None:
-                counted = Estimate(first + 1, first + 1, first + 1, len(known))
+                counted = exact(first + 1, len(known))
                 yield {"metric": "onset", "set": self.queries, "at": place}, counted, None
             if place != EVERY:
                 last.append(leans[-1])
@@ -91,28 +90,22 @@ def _direction(part: str, variant: str = "") -> Callable[[Lab, Model, str], Samp
 # --- the model's own choice ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Margins(Alone):
+def _margins(probe: Probe) -> Found:
     """The model's own choice between the openings, and the lean of its state, by query."""
-
-    probe: Probe
-
-    def rows(self) -> Found:
-        by_token = margin(self.probe.log_likelihood).numpy()
-        for column, values in enumerate(by_token.T, 1):
-            yield {"metric": "margin", "at": str(column)}, crossed_mean(values[:, None]), None
-        yield {"metric": "margin"}, crossed_mean(by_token[:, -1:]), None
-        leans = _leans(self.probe.distance)
-        for query, (choice, state) in enumerate(zip(by_token[:, -1], leans[:, -1], strict=True)):
-            for name, value in (("margin of a query", choice), ("lean of a query", state)):
-                number = float(value)
-                yield {"metric": name, "at": str(query)}, Estimate(number, number, number, 1), None
-        known = ~np.isnan(leans).any(1)
-        if known.any():  # otherwise no answer is long enough
-            states = lean(self.probe.distance.nanmean(1)[known, -1]).numpy()
-            yield {"metric": "lean"}, crossed_mean(states), None
-            correlation = rank_correlation(by_token[known, -1], leans[known, -1])
-            yield {"metric": "rank correlation"}, correlation, None
+    by_token = margin(probe.log_likelihood).numpy()
+    for column, values in enumerate(by_token.T, 1):
+        yield {"metric": "margin", "at": str(column)}, crossed_mean(values[:, None]), None
+    yield {"metric": "margin"}, crossed_mean(by_token[:, -1:]), None
+    leans = _leans(probe.distance)
+    for query, (choice, state) in enumerate(zip(by_token[:, -1], leans[:, -1], strict=True)):
+        for name, value in (("margin of a query", choice), ("lean of a query", state)):
+            yield {"metric": name, "at": str(query)}, exact(float(value), 1), None
+    known = ~np.isnan(leans).any(1)
+    if known.any():  # otherwise no answer is long enough
+        states = lean(probe.distance.nanmean(1)[known, -1]).numpy()
+        yield {"metric": "lean"}, crossed_mean(states), None
+        correlation = rank_correlation(by_token[known, -1], leans[known, -1])
+        yield {"metric": "rank correlation"}, correlation, None
 
 
 def _leans(distances: Tensor) -> np.ndarray:
@@ -120,55 +113,45 @@ def _leans(distances: Tensor) -> np.ndarray:
     return lean(distances.nanmean(1)).mean(-1).numpy()
 
 
-@dataclass(frozen=True)
-class Separation(Alone):
+def _separations(harmful: Probe, other: Probe) -> Found:
     """How well harmful queries are told from others: AUROC by the margin, by the refusal openings
     alone, and by the lean in each block."""
-
-    harmful: Probe
-    other: Probe
-
-    def rows(self) -> Found:
-        pair = self.harmful, self.other
-        margins = [margin(probe.log_likelihood)[:, -1].numpy() for probe in pair]
-        yield {"metric": "AUROC by margin"}, auroc(*margins), None
-        refusals = [p.log_likelihood[:, -1, 0].logsumexp(-1).numpy() for p in pair]
-        yield {"metric": "AUROC by refusals"}, auroc(*refusals), None
-        for name, part in (("AUROC by lean", "distance"), ("AUROC by residual lean", "residual")):
-            leans = [_leans(getattr(probe, part)) for probe in pair]
-            for block in range(leans[0].shape[1]):
-                scores = [values[:, block][~np.isnan(values[:, block])] for values in leans]
-                estimate = auroc(*scores)
-                yield {"metric": name, "block": block + 1}, estimate, None
-            yield {"metric": name}, estimate, None  # of the last block
+    pair = harmful, other
+    margins = [margin(probe.log_likelihood)[:, -1].numpy() for probe in pair]
+    yield {"metric": "AUROC by margin"}, auroc(*margins), None
+    refusals = [p.log_likelihood[:, -1, 0].logsumexp(-1).numpy() for p in pair]
+    yield {"metric": "AUROC by refusals"}, auroc(*refusals), None
+    for name, part in (("AUROC by lean", "distance"), ("AUROC by residual lean", "residual")):
+        leans = [_leans(getattr(probe, part)) for probe in pair]
+        for block in range(leans[0].shape[1]):
+            scores = [values[:, block][~np.isnan(values[:, block])] for values in leans]
+            estimate = auroc(*scores)
+            yield {"metric": name, "block": block + 1}, estimate, None
+        yield {"metric": name}, estimate, None  # of the last block
 
 
 def _separation(lab: Lab, model: Model, on: str) -> Sample:
-    return Separation(probed(lab, model, QUERIES["harmful"]), probed(lab, model, _set_of(on)))
+    probes = probed(lab, model, QUERIES["harmful"]), probed(lab, model, _set_of(on))
+    return Alone("Separation", _separations, *probes)
 
 
 # --- read-out --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ReadOut(Alone):
+def _by_block(blocks: Sequence[Mapping[str, Estimate]]) -> Found:
     """How well linear read-outs of the query's last token tell harm, by block and metric."""
-
-    blocks: Sequence[Mapping[str, Estimate]]
-
-    def rows(self) -> Found:
-        for number, block in enumerate(self.blocks):
-            for metric, estimate in block.items():
-                yield {"metric": metric, "block": number + 1}, estimate, None
-                if number == len(self.blocks) // 2:
-                    yield {"metric": metric, "at": "middle block"}, estimate, None
+    for number, block in enumerate(blocks):
+        for metric, estimate in block.items():
+            yield {"metric": metric, "block": number + 1}, estimate, None
+            if number == len(blocks) // 2:
+                yield {"metric": metric, "at": "middle block"}, estimate, None
 
 
 DIRECTION: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "direction": _direction("distance"),
     "direction" + SUBTRACTED: _direction("residual", SUBTRACTED),
     "direction" + SAME_WORDS: _direction("residual", SAME_WORDS),
-    "margin": lambda lab, model, on: Margins(probed(lab, model, _set_of(on))),
+    "margin": lambda lab, model, on: Alone("Margins", _margins, probed(lab, model, _set_of(on))),
     "separation": _separation,
-    "read-out": lambda lab, model, on: ReadOut(read_outs(lab, model)),
+    "read-out": lambda lab, model, on: Alone("ReadOut", _by_block, read_outs(lab, model)),
 }

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import get_args
 
-from ...evaluate.stats import Estimate
 from ...scoring.selectors import matched_by
 from ...units.families import BlockKind
 from ...units.mask import UnitMask
 from ...units.roles import classify
 from ..lab import Lab
-from ..samples import Alone, Found, Sample
+from ..samples import Alone, Found, Sample, exact
 from ..specs import Model
-from ..stages.attribution import (
-    CATEGORY,
-    HALF,
-    Scores,
-    scores,
-)
+from ..stages.attribution import CATEGORY, HALF, Scores, scores
 from ..stages.roles import shares
 from ..units_of import CU6
 from .units import OTHER_PROMPTS
@@ -41,38 +34,26 @@ COMPARISONS: Mapping[str, Callable[[Lab, Model], tuple[Scores, Scores]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Overlaps(Alone):
+def overlaps(
+    first: Mapping[str, UnitMask], second: Mapping[str, UnitMask], comparison: str
+) -> Found:
     """Groups found in two ways: units that are in both over units that are in either (IoU), and
     what that would be if equally many heads and neurons were drawn at random."""
-
-    first: Mapping[str, UnitMask]
-    second: Mapping[str, UnitMask]
-    comparison: str
-
-    def rows(self) -> Found:
-        for name, mask in self.first.items():
-            where = {"set": name, "at": self.comparison}
-            for metric, value in zip(
-                ("overlap", "overlap by chance"), self._of(mask, self.second[name]), strict=True
-            ):
-                counted = Estimate(value, value, value, mask.count())
-                yield {"metric": metric, **where}, counted, None
-
-    def _of(self, mask: UnitMask, other: UnitMask) -> Iterator[float]:
+    for name, mask in first.items():
+        other, where = second[name], {"set": name, "at": comparison}
         together, expected = mask.count() + other.count(), 0.0
         for kind in get_args(BlockKind):
-            units = (mask | ~mask).count(kind)
-            expected += mask.count(kind) * other.count(kind) / units
-        for shared in ((mask & other).count(), expected):
-            yield shared / (together - shared) if together else 0.0
+            expected += mask.count(kind) * other.count(kind) / (mask | ~mask).count(kind)
+        found = {"overlap": (mask & other).count(), "overlap by chance": expected}
+        for metric, shared in found.items():
+            value = shared / (together - shared) if together else 0.0
+            yield {"metric": metric, **where}, exact(value, mask.count()), None
 
 
 def _groups(lab: Lab, found: tuple[Scores, Scores]) -> dict[str, UnitMask]:
     """The groups at the shares of the search, ESU with the top of CU, and the units of the highest
     I_S."""
-    kinds = lab.config.roles.redundant_kinds
-    roles = classify(lab.layout, *found, shares(lab), kinds)  # type: ignore[arg-type]
+    roles = classify(lab.layout, *found, shares(lab), lab.config.roles.redundant_kinds)
     masks = {group: roles.mask(group) for group in ("ESU", "EUU", "RU")}
     masks[CU6] = roles.select("ESU", "CU:6%")
     return masks | {BY_SAFETY: matched_by(lab.layout, masks["ESU"], found[0])}
@@ -81,4 +62,4 @@ def _groups(lab: Lab, found: tuple[Scores, Scores]) -> dict[str, UnitMask]:
 def stability(lab: Lab, model: Model, on: str) -> Sample:
     """The aligned model's groups, and those that are found in another way."""
     first, second = (_groups(lab, found) for found in (scores(lab), COMPARISONS[on](lab, model)))
-    return Overlaps(first, second, on)
+    return Alone("Overlaps", overlaps, first, second, on)

@@ -7,23 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ...evaluate.stats import Estimate, paired_difference, paired_p_value, proportion
+from ...evaluate.stats import paired_difference, paired_p_value, proportion
 from ...training.part import Part
 from ...units.families import BlockKind
 from ...units.layout import UnitLayout
 from ...units.roles import GROUPS, Roles, transfer
 from ..lab import Lab
-from ..samples import Alone, Counted, Found, Sample
+from ..samples import Alone, Found, Sample, counted, exact
 from ..specs import GIVEN, Ablate, Model, Patch, Train
 from ..stages.criteria import safety_layers
-from ..stages.roles import (
-    Rule,
-    roles,
-    roles_after,
-    shares,
-    trials,
-    utility_roles,
-)
+from ..stages.roles import Rule, roles, roles_after, shares, trials, utility_roles
 
 #: Which units a count is of, by the name that it has in tables.
 SCOPES: dict[str, BlockKind | None] = {"all units": None, "heads": "attn", "neurons": "mlp"}
@@ -49,14 +42,11 @@ def _units(lab: Lab, model: Model, on: str) -> Sample:
     layout = lab.layout if mask is None else lab.layout_of(mask.unit_kind)
     mask = layout.none() if mask is None else mask
     weights = layout.weights(mask) / layout.parameters
-    return Counted(
-        {
-            "units": (100 * mask.share(), layout.units),
-            "weights": (100 * weights, layout.units),
-            "heads": (mask.count("attn"), layout.units),
-            "neurons": (mask.count("mlp"), layout.units),
-        }
-    )
+    found = {
+        "units": 100 * mask.share(), "weights": 100 * weights,
+        "heads": mask.count("attn"), "neurons": mask.count("mlp"),
+    }  # fmt: skip
+    return Alone("Counted", counted, {name: (n, layout.units) for name, n in found.items()})
 
 
 def _search(lab: Lab, model: Model, on: str) -> Sample:
@@ -69,22 +59,16 @@ def _search(lab: Lab, model: Model, on: str) -> Sample:
         name = f"{step.group} criterion met"
         met = step.accepted or found.get(name, (0.0, 0))[0] > 0
         found[name] = (float(met), len(steps))
-    return Counted(found)
+    return Alone("Counted", counted, found)
 
 
-@dataclass(frozen=True)
-class RoleMap(Alone):
+def _role_map(layout: UnitLayout, found: Roles) -> Found:
     """The share of each group among a block's units."""
-
-    layout: UnitLayout
-    roles: Roles
-
-    def rows(self) -> Found:
-        for group in GROUPS:
-            mask = self.roles.mask(group)
-            for block in self.layout.blocks:
-                share = proportion(mask[block.name].tolist()).scaled(100)
-                yield {"metric": group, "set": block.kind, "block": block.layer}, share, None
+    for group in GROUPS:
+        mask = found.mask(group)
+        for block in layout.blocks:
+            share = proportion(mask[block.name].tolist()).scaled(100)
+            yield {"metric": group, "set": block.kind, "block": block.layer}, share, None
 
 
 @dataclass(frozen=True)
@@ -93,17 +77,17 @@ class Moves:
 
     before: Roles
     after: Mapping[Rule, Roles]
-    scopes: Mapping[str, BlockKind | None]
     sources: Mapping[str, str]  #: name of a group before -> its label
 
     def rows(self) -> Found:
         for rule, now in self.after.items():
-            for scope, kind in self.scopes.items():
+            for scope, kind in SCOPES.items():
                 counts = transfer(self.before, now, kind)
                 total = int(counts.sum())
                 for name, label in self.sources.items():
                     for j, target in enumerate(GROUPS):
-                        share = _share(int(counts[GROUPS.index(label), j]), total)
+                        moved = int(counts[GROUPS.index(label), j])
+                        share = proportion([i < moved for i in range(total)]).scaled(100)
                         yield {"metric": f"{name}->{target}", "set": scope, "at": rule}, share, None
             for target in GROUPS if "ESU" in self.sources else ():
                 share = proportion(self._among_esu(rule, target)).scaled(100)
@@ -122,56 +106,37 @@ class Moves:
         return torch.cat([now[name][was[name]] for name in was]).tolist()
 
 
-def _share(k: int, total: int) -> Estimate:
-    return proportion([True] * k + [False] * (total - k)).scaled(100)
-
-
 def _transfer(lab: Lab, model: Model, on: str) -> Sample:
     """Groups before and after, from the aligned model's own."""
     again = int(on == OTHER_PROMPTS)
     after = {rule: roles_after(lab, model, rule, again) for rule in RULES}
-    return Moves(roles(lab), after, SCOPES, {group: group for group in GROUPS})
+    return Moves(roles(lab), after, {group: group for group in GROUPS})
 
 
 def _transfer_of_alignment(lab: Lab, model: Model, on: str) -> Sample:
     """Groups of the given model, as many RU as the search kept, and those after an alignment."""
     before = utility_roles(lab, GIVEN, shares(lab).ru)
     after = roles(lab) if model == lab.aligned else roles_after(lab, model, "quantiles")
-    return Moves(before, {"quantiles": after}, SCOPES, BEFORE_ALIGNMENT)
+    return Moves(before, {"quantiles": after}, BEFORE_ALIGNMENT)
 
 
-@dataclass(frozen=True)
-class Layers(Alone):
+def _layers(gap: Sequence[float], chosen: range) -> Found:
     """The angular gap after each block, and the blocks that are safety layers."""
-
-    gap: Sequence[float]
-    chosen: range  #: from 0
-
-    def rows(self) -> Found:
-        for block, degrees in enumerate(self.gap, 1):
-            gap = Estimate(degrees, degrees, degrees, len(self.gap))
-            yield {"metric": "angular gap", "block": block}, gap, None
-        yield from Counted(
-            {
-                FIRST_LAYER: (self.chosen[0] + 1, len(self.gap)),
-                LAST_LAYER: (self.chosen[-1] + 1, len(self.gap)),
-            }
-        ).rows()
+    for block, degrees in enumerate(gap, 1):
+        yield {"metric": "angular gap", "block": block}, exact(degrees, len(gap)), None
+    ends = {FIRST_LAYER: chosen[0], LAST_LAYER: chosen[-1]}  # from 0
+    yield from counted({name: (block + 1, len(gap)) for name, block in ends.items()})
 
 
 #: Which blocks are safety layers, counted from 1.
 FIRST_LAYER, LAST_LAYER = "first safety layer", "last safety layer"
 
 
-def _safety_layers(lab: Lab, model: Model, on: str) -> Sample:
-    return Layers(*safety_layers(lab))
-
-
 UNITS: dict[str, Callable[[Lab, Model, str], Sample]] = {
     "units": _units,
     "search": _search,
-    "safety layers": _safety_layers,
-    "roles": lambda lab, model, on: RoleMap(lab.layout, roles(lab)),
+    "safety layers": lambda lab, model, on: Alone("Layers", _layers, *safety_layers(lab)),
+    "roles": lambda lab, model, on: Alone("RoleMap", _role_map, lab.layout, roles(lab)),
     "transfer": _transfer,
     "transfer of alignment": _transfer_of_alignment,
 }

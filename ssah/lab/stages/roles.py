@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ...core.store import Handle
 from ...data.rows import Row
 from ...evaluate import judges
 from ...evaluate.judges import attack_success
-from ...scoring.search import Effect, Trial, search_share
-from ...units.families import BlockKind
 from ...units.mask import UnitMask
 from ...units.roles import Roles, Shares, Thresholds, classify, classify_by_thresholds
 from ..config import RolesConfig
@@ -27,11 +26,50 @@ from .utility import perplexity_ratio
 Rule = Literal["thresholds", "quantiles"]
 
 
+@dataclass(frozen=True)
+class Effect:
+    """What removing some units did: rates in [0, 1], perplexity relative to the whole model."""
+
+    asr: float
+    perplexity_ratio: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step of the ablation search."""
+
+    group: str
+    share: float
+    effect: Effect
+    accepted: bool
+
+
+def search_share(
+    group: str,
+    shares: Sequence[float],
+    removed: Callable[[float], Effect],
+    accept: Callable[[Effect], bool],
+) -> tuple[float, list[Trial]]:
+    """Ablation search (paper, section 3.2): the largest share whose removal does what is expected.
+
+    Shares are tried from large to small, ``removed`` says what the removal of each does, and the
+    first that ``accept`` takes is kept. Where none is accepted the smallest is returned, and no
+    trial in the trace is marked accepted.
+    """
+    trials = []
+    for share in sorted(shares, reverse=True):
+        effect = removed(share)
+        trials.append(Trial(group, share, effect, accept(effect)))
+        if trials[-1].accepted:
+            break
+    return trials[-1].share, trials
+
+
 def classified(
     lab: Lab, shares: Shares, redundant_kinds: Sequence[str] = (), **changes: Any
 ) -> Roles:
     """Roles of the aligned model's units at given shares."""
-    kinds = cast(list[BlockKind], redundant_kinds or lab.config.roles.redundant_kinds)
+    kinds = redundant_kinds or lab.config.roles.redundant_kinds
     layout = lab.layout_of(changes.get("unit_kind", lab.layout.unit_kind))
     return classify(layout, *scores(lab, **changes), shares, kinds)
 
@@ -93,14 +131,13 @@ def _search(lab: Lab, config: RolesConfig) -> tuple[Shares, list[Trial]]:
     """RU first, then ESU given RU, then EUU given both: the order of the claims."""
     whole = effect(lab, None)
 
-    def measured(mask: UnitMask) -> Effect:
-        return effect(lab, mask)
+    def removed(group: str, ru: float, esu: float = 0, euu: float = 0) -> Effect:
+        return effect(lab, classified(lab, Shares(ru, esu, euu)).mask(group))
 
     ru, trials_ru = search_share(
         "RU",
         config.ru_shares,
-        lambda share: classified(lab, Shares(share, 0, 0)).mask("RU"),
-        measured,
+        lambda share: removed("RU", share),
         lambda e: (
             e.asr <= whole.asr + config.ru_max_asr_rise
             and e.perplexity_ratio <= config.ru_max_perplexity_ratio
@@ -109,8 +146,7 @@ def _search(lab: Lab, config: RolesConfig) -> tuple[Shares, list[Trial]]:
     esu, trials_esu = search_share(
         "ESU",
         config.esu_shares,
-        lambda share: classified(lab, Shares(ru, share, 0)).mask("ESU"),
-        measured,
+        lambda share: removed("ESU", ru, share),
         lambda e: (
             e.asr >= whole.asr + config.esu_min_asr_rise
             and e.perplexity_ratio <= config.esu_max_perplexity_ratio
@@ -119,8 +155,7 @@ def _search(lab: Lab, config: RolesConfig) -> tuple[Shares, list[Trial]]:
     euu, trials_euu = search_share(
         "EUU",
         config.euu_shares,
-        lambda share: classified(lab, Shares(ru, esu, share)).mask("EUU"),
-        measured,
+        lambda share: removed("EUU", ru, esu, share),
         lambda e: e.perplexity_ratio >= config.euu_min_perplexity_ratio,
     )
     return Shares(ru, esu, euu), trials_ru + trials_esu + trials_euu
@@ -128,7 +163,7 @@ def _search(lab: Lab, config: RolesConfig) -> tuple[Shares, list[Trial]]:
 
 def roles_after(lab: Lab, model: Model, rule: Rule, resample: int = 0) -> Roles:
     """Roles in another model, by the aligned model's thresholds or by its shares."""
-    kinds = cast(list[BlockKind], lab.config.roles.redundant_kinds)
+    kinds = lab.config.roles.redundant_kinds
     found = scores(lab, model, resample)
     if rule == "quantiles":
         return classify(lab.layout, *found, shares(lab), kinds)
@@ -141,6 +176,5 @@ def utility_roles(lab: Lab, model: Model, share: float) -> Roles:
 
     The rest, the paper's utility units (UU), is labelled CU.
     """
-    kinds = cast(list[BlockKind], lab.config.roles.redundant_kinds)
-    found = utility_scores(lab, model)
+    found, kinds = utility_scores(lab, model), lab.config.roles.redundant_kinds
     return classify(lab.layout, found, found, Shares(share, 0, 0), kinds)

@@ -11,7 +11,7 @@ from typing import Any
 from ...core.runtime import seed_everything
 from ...core.store import Handle
 from ...training.adapter import Adapter, save_adapter
-from ...training.defences import DEFENCES
+from ...training.defences import DEFENCES, Defence
 from ...training.part import Part
 from ...training.settings import AlignConfig, TrainingConfig
 from ..config import FinetuneConfig
@@ -19,8 +19,7 @@ from ..lab import Lab
 from ..load import load_model
 from ..specs import GIVEN, REFUSALS, Defended, Model, Train
 from ..stage import stage
-from .lessons import Lesson, lesson
-from .refusals import Refusals, own_refusals
+from .lessons import Lesson, Refusals, lesson, own_refusals
 
 
 def trained(lab: Lab, base: Model, step: Train) -> Handle:
@@ -37,18 +36,12 @@ def trained(lab: Lab, base: Model, step: Train) -> Handle:
     if step.defence is not None:
         assert isinstance(step.part, Part), "adapters are trained without a defence"
         looks_at = DEFENCES[step.defence.name].looks_at
+        refusals = own_refusals(lab, base) if "refusals" in looks_at else None
+        unaligned = GIVEN if "unaligned" in looks_at else None
         return _defended(
-            lab,
-            base,
-            learned,
-            step.part,
-            lab.seed,
-            common,
-            step.defence,
-            own_refusals(lab, base) if "refusals" in looks_at else None,
-            GIVEN if "unaligned" in looks_at else None,
+            lab, base, learned, step.part, lab.seed, common, step.defence, refusals, unaligned,
             label=step.rows,
-        )
+        )  # fmt: skip
     return _finetuned(lab, base, learned, step.part, lab.seed, common, label=step.rows)
 
 
@@ -98,8 +91,49 @@ def _finetuned(
     settings: dict[str, Any],
     label: str,
 ) -> None:
-    """Fine-tuned at a constant rate: the model after one epoch of a longer run is the model of a
-    run of one epoch."""
+    """Fine-tuned on an attack's rows."""
+    _attack(lab, folder, base, learned, part, seed, settings)
+
+
+@stage("train", version=1, resumable=True)
+def _defended(
+    lab: Lab,
+    folder: Path,
+    base: Model,
+    learned: Lesson,
+    part: Part,
+    seed: int,
+    settings: dict[str, Any],
+    defence: Defended,
+    refusals: Refusals | None,
+    unaligned: Model | None,
+    label: str,
+) -> None:
+    """The same with a defence. It is a stage of its own so that keys of trainings without one are
+    what they were."""
+    kind = DEFENCES[defence.name]
+    with ExitStack() as stack:
+        acting = kind(
+            defence.strength,
+            refusals.pairs(lab) if refusals is not None else (),
+            stack.enter_context(lab.use(base)) if "reference" in kind.looks_at else None,
+            stack.enter_context(lab.use(unaligned)) if unaligned is not None else None,
+        )
+        _attack(lab, folder, base, learned, part, seed, settings, acting)
+
+
+def _attack(
+    lab: Lab,
+    folder: Path,
+    base: Model,
+    learned: Lesson,
+    part: Part | Adapter,
+    seed: int,
+    settings: dict[str, Any],
+    defence: Defence | None = None,
+) -> None:
+    """Fine-tune at a constant rate: the model after one epoch of a longer run is the model of a run
+    of one epoch."""
     from ...training.supervised import save_model, supervised_finetune
 
     model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
@@ -121,49 +155,9 @@ def _finetuned(
             folder,
             constant_rate=True,
             on_epoch=save,
+            defence=defence,
         )
     if isinstance(part, Part) and part.train is not None:
         before = load_model(lab.checkpoint(base), lab.config.model, lab.device)
         part.require_kept(model, before.state_dict(), model.state_dict())
-    (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
-
-
-@stage("train", version=1, resumable=True)
-def _defended(
-    lab: Lab,
-    folder: Path,
-    base: Model,
-    learned: Lesson,
-    part: Part,
-    seed: int,
-    settings: dict[str, Any],
-    defence: Defended,
-    refusals: Refusals | None,
-    unaligned: Model | None,
-    label: str,
-) -> None:
-    """The same with a defence. It is a stage of its own so that keys of trainings without one are
-    what they were."""
-    from ...training.supervised import save_model, supervised_finetune
-
-    kind = DEFENCES[defence.name]
-    model = load_model(lab.checkpoint(base), lab.config.model, lab.device)
-    with ExitStack() as stack:
-        acting = kind(
-            defence.strength,
-            refusals.pairs(lab) if refusals is not None else (),
-            stack.enter_context(lab.use(base)) if "reference" in kind.looks_at else None,
-            stack.enter_context(lab.use(unaligned)) if unaligned is not None else None,
-        )
-        stack.enter_context(part.training(model))
-        record = supervised_finetune(
-            model,
-            learned.taught(lab),
-            FinetuneConfig(**settings),
-            seed,
-            folder,
-            constant_rate=True,
-            on_epoch=lambda done: save_model(model, folder / f"epoch-{done}"),
-            defence=acting,
-        )
     (folder / "training.json").write_text(json.dumps(dataclasses.asdict(record)))
