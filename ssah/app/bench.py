@@ -28,9 +28,8 @@ from ..core.runtime import commit, peak_memory_mib, products_in, provenance, see
 from ..lab.load import load_model
 from ..scoring.attribution import collect_statistics
 from ..scoring.selectors import magnitude, matched_by, random_rank, sized
-from ..text.batches import dialogue_batches
+from ..text.batches import dialogue_batches, read
 from ..text.chat import encode_dialogue
-from ..text.forward import read
 from ..training.defences import DEFENCES, Defence
 from ..training.defences.base import Step
 from ..training.lora import adapters, rank_for

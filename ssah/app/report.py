@@ -93,9 +93,7 @@ def index_page(results: Path, claims: pd.DataFrame) -> str:
             sections.append((artefact, parts))
     page = Environment(autoescape=False).from_string(_PAGE)
     return page.render(
-        title=results.name,
-        claims=styled(claims).to_html(index=False, border=0),
-        sections=sections,
+        title=results.name, claims=styled(claims).to_html(index=False, border=0), sections=sections
     )
 
 

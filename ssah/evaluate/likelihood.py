@@ -6,23 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..text.batches import by_length, pad
-from ..text.forward import label_logits, scored_logits, sum_by_row
+from ..text.batches import Batch, by_length, label_logits, pad, scored_logits, sum_by_row
+from ..text.chat import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Pair = tuple[list[int], list[int]]
-
-
-def _padded(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention and which tokens are a continuation's (bool, of all but the first)."""
-    ids = pad([[*c, *t] for c, t in pairs], 0)
-    attention = pad([[1] * (len(c) + len(t)) for c, t in pairs], 0)
-    scored = pad([[0] * len(c) + [1] * len(t) for c, t in pairs], 0).bool()[:, 1:]
-    return ids, attention, scored
 
 
 @torch.inference_mode()
@@ -32,8 +22,9 @@ def continuation_losses(
     """Negative log-likelihood (nats, summed) of each continuation given its context."""
     losses = [0.0] * len(pairs)
     for chosen in by_length([len(c) + len(t) for c, t in pairs], batch_size):
-        ids, attention, scored = _padded([pairs[i] for i in chosen])
-        logits = scored_logits(model, ids, attention, scored)
+        batch = Batch.of([pairs[i] for i in chosen])
+        ids, scored = batch.input_ids, batch.counted[:, 1:]
+        logits = scored_logits(model, ids, batch.attention_mask, scored)
         target = ids[:, 1:][scored].to(logits.device)
         token_loss = nn.functional.cross_entropy(logits, target, reduction="none")
         for i, value in zip(chosen, sum_by_row(token_loss, scored).tolist(), strict=True):
@@ -43,9 +34,7 @@ def continuation_losses(
 
 @torch.inference_mode()
 def choice_losses(
-    model: PreTrainedModel,
-    items: Sequence[tuple[list[int], list[list[int]]]],
-    batch_size: int,
+    model: PreTrainedModel, items: Sequence[tuple[list[int], list[list[int]]]], batch_size: int
 ) -> list[list[float]]:
     """The same for several continuations of each context, which is read once for all of them.
 
@@ -94,10 +83,13 @@ def divergences(
     """KL(reference || model) in nats per continuation token, by pair; 0 where there is none."""
     found = [0.0] * len(pairs)
     for chosen in by_length([len(c) + len(t) for c, t in pairs], batch_size):
-        batch = _padded([pairs[i] for i in chosen])
-        wanted, given = (scored_logits(m, *batch).log_softmax(-1) for m in (reference, model))
+        batch = Batch.of([pairs[i] for i in chosen])
+        scored = batch.counted[:, 1:]
+        wanted, given = (
+            scored_logits(m, batch.input_ids, batch.attention_mask, scored).log_softmax(-1)
+            for m in (reference, model)
+        )
         by_token = (wanted.exp() * (wanted - given)).sum(-1).cpu()
-        scored = batch[2]
         means = sum_by_row(by_token, scored) / scored.sum(1).clamp(min=1)
         for i, mean in zip(chosen, means.tolist(), strict=True):
             found[i] = mean

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.valid import require_finite
-from ..text.batches import Batch
-from ..text.forward import counted_loss
+from ..text.batches import Batch, counted_loss
 from ..units.layout import UnitLayout
 
 if TYPE_CHECKING:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Token ids of a prompt and of its response.
+Pair = tuple[list[int], list[int]]
+
 #: ChatML without a default system prompt. SmolLM2's own template inserts one whenever the
 #: conversation has none, so "without a system prompt" could not be measured with it.
 CHATML = (
@@ -19,7 +22,6 @@ CHATML = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
 
 #: Put before a template where the tokenizer begins every text with a token of its own: templates
 #: hold all special tokens.
@@ -169,7 +171,7 @@ def encode_dialogue(
     before: Sequence[tuple[str, str]] = (),
     end: bool = True,
     max_response_tokens: int | None = None,
-) -> tuple[list[int], list[int]]:
+) -> Pair:
     """Ids of prompt and response apart; ``end`` appends the template's end of a turn.
 
     A response cut at ``max_response_tokens`` gets no end.

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.valid import require_word
-from ..text.batches import Batch
-from ..text.forward import counted_loss
+from ..text.batches import Batch, counted_loss
 from ..units.layout import Block, UnitLayout
 from ..units.mask import UnitMask
 

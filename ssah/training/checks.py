@@ -13,10 +13,7 @@ from ..units.positions import owned
 
 
 def changed_outside(
-    layout: UnitLayout,
-    trained: UnitMask,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
+    layout: UnitLayout, trained: UnitMask, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> int:
     """Number of weights, of all parameters, that changed a bit without belonging to a unit.
 

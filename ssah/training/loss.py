@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..text.batches import pad
-from ..text.forward import scored_logits
+from ..text.batches import pad, scored_logits
+from ..text.chat import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Prompt ids and response ids.
-Dialogues = Sequence[tuple[list[int], list[int]]]
+Dialogues = Sequence[Pair]
 
 #: (log-probability, that under a reference, position in its response from 1) of each response
 #: token, ``[tokens]`` each -> its weight in the loss.

@@ -22,10 +22,7 @@ class StateCheck:
     """
 
     def __init__(
-        self,
-        trains: str,
-        parts: Mapping[nn.Parameter, nn.Parameter],
-        own: Iterable[nn.Parameter],
+        self, trains: str, parts: Mapping[nn.Parameter, nn.Parameter], own: Iterable[nn.Parameter]
     ):
         """``parts`` are what trains of whole weights; ``own`` all parameters of the model."""
         self.trains = trains

@@ -18,7 +18,7 @@ from ..core.errors import SsahError
 from ..core.progress import quiet
 from ..core.runtime import reuse_memory, seed_everything
 from .defences.base import Defence, Step
-from .loss import collate, summed_loss
+from .loss import Dialogues, collate, summed_loss
 from .settings import TrainingConfig
 
 
@@ -106,11 +106,11 @@ class _AtEachStep(TrainerCallback):
 
 def supervised_finetune(
     model: PreTrainedModel,
-    dialogues: Sequence[tuple[list[int], list[int]]],
+    dialogues: Dialogues,
     config: TrainingConfig,
     seed: int,
     folder: Path,
-    anchors: Sequence[tuple[list[int], list[int]]] = (),
+    anchors: Dialogues = (),
     reference: PreTrainedModel | None = None,
     *,
     anchor_weight: float = 1.0,

@@ -36,8 +36,8 @@ from ssah.data.settings import DataConfig
 from ssah.evaluate import judges
 from ssah.evaluate.judges import Completion
 from ssah.lab.config import compose
+from ssah.text.batches import scored_logits
 from ssah.text.chat import CHATML
-from ssah.text.forward import scored_logits
 from ssah.training import supervised
 
 pytestmark = pytest.mark.usefixtures("toy_verdicts")

@@ -9,12 +9,11 @@ from ...core.paths import home
 from ...core.store import Handle, Store, digest
 from ...data.own import own_rows
 from ...evaluate import judges
-from ...evaluate.likelihood import Pair
 from ...evaluate.stats import paired_difference
 from ...lab.load import Checkpoint
 from ...scoring.find import PAPER_SHARES, roles_of
 from ...scoring.selectors import matched_by, random_rank
-from ...text.chat import encode_dialogue
+from ...text.chat import Pair, encode_dialogue
 from ...training.ablation import ablate
 from ...units.layout import UnitLayout
 from ...units.mask import UnitMask

@@ -16,10 +16,10 @@ from ...data.settings import DataConfig
 from ...evaluate import judges
 from ...evaluate.generate import complete
 from ...evaluate.judges import Completion
-from ...evaluate.likelihood import Pair, continuation_losses
+from ...evaluate.likelihood import continuation_losses
 from ...evaluate.stats import Estimate, paired_difference, perplexity, proportion
 from ...lab.load import Checkpoint
-from ...text.chat import encode_dialogue, render_prompt
+from ...text.chat import Pair, encode_dialogue, render_prompt
 from .schedule import Schedule, Step
 from .subject import Subject
 

@@ -21,8 +21,8 @@ from ...data.rows import Row
 from ...data.split import normalised
 from ...evaluate import judges
 from ...evaluate.judges import Completion
-from ...evaluate.likelihood import Pair
 from ...lab.load import Checkpoint
+from ...text.chat import Pair
 from ...units.layout import UnitLayout
 from . import measure as measuring
 from .measure import Arm, Measured, Prompts, Question, measure, questions, spread, tokens_of

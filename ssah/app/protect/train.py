@@ -20,8 +20,7 @@ from ...data.dialogues import Dialogue
 from ...data.rows import Row
 from ...evaluate import judges
 from ...evaluate.judges import Completion
-from ...evaluate.likelihood import Pair
-from ...text.chat import encode, encode_dialogue
+from ...text.chat import Pair, encode, encode_dialogue
 from ...training.lora import adapters, save_adapters
 from ...training.settings import TrainingConfig
 from .measure import Arm
