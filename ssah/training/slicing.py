@@ -28,9 +28,8 @@ from ..core.valid import require_word
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 from ..units.positions import owned
-from .optimizer_state import forget, hand_back, hand_over
+from .optimizer_state import StateCheck, forget, hand_back, hand_over, release, unmark
 from .sliced_linear import SlicedLinear
-from .state_check import StateCheck, release, unmark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +47,7 @@ class _Restored:
             parameter.register_post_accumulate_grad_hook(self._silence),
             # A run that resumes from a checkpoint goes on with the frozen bits of the checkpoint.
             linear.register_load_state_dict_post_hook(self._keep),
+            register_optimizer_step_post_hook(self._restore),
         )
 
     def _keep(self, *_: Any) -> None:
@@ -61,13 +61,13 @@ class _Restored:
         parameter.grad.index_fill_(self.dim, self.frozen, 0)
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def _restore(self, *_: Any) -> None:
         self.frozen = self.frozen.to(self.parameter.device)
         self._bits = self._bits.to(self.parameter)
         self.parameter.index_copy_(self.dim, self.frozen, self._bits)
 
     def release(self) -> None:
-        self.restore()
+        self._restore()
         for hook in self._hooks:
             hook.remove()
 
@@ -140,7 +140,6 @@ def _partly_trained(
         stack.callback(_require_gradients, model, required)
         flags = {n: required[n] and rest for n in required}
         _require_gradients(model, flags | {n: required[n] or thaw for n in ours})
-        restored: list[_Restored] = []
         parts: dict[nn.Parameter, nn.Parameter] = {}
         for path, found in positions.items():
             dim, trains = found.dim, found.chosen | (~found.of_units & rest)
@@ -167,8 +166,7 @@ def _partly_trained(
                 frozen = (~trains).nonzero().flatten()
                 for parameter in parameters:
                     if parameter.requires_grad:
-                        restored.append(_Restored(linear, parameter, frozen, dim))
-                        stack.callback(restored[-1].release)
+                        stack.callback(_Restored(linear, parameter, frozen, dim).release)
                         if optimizer is not None:
                             forget(optimizer, parameter, frozen, dim)
         size = f"{trained.count():,} of {layout.units:,} units train"
@@ -182,13 +180,6 @@ def _partly_trained(
                     optimizer.state.pop(parameter, None)
             check.mark(optimizer)
             stack.callback(unmark, optimizer)
-        if restored:
-
-            def restore_all(*_: Any) -> None:
-                for part in restored:
-                    part.restore()
-
-            stack.callback(register_optimizer_step_post_hook(restore_all).remove)
         yield
 
 

@@ -66,37 +66,31 @@ class TrainingRecord:
     epoch_losses: tuple[float, ...]  #: the same, of the last quarter of each epoch
 
 
-class _EachEpoch(TrainerCallback):
-    """Calls back with the number of epochs done, before the checkpoint that says so is written.
+class _Along(TrainerCallback):
+    """Lets a defence do what it does before and after the optimizer's step, and calls back with the
+    number of epochs done, before the checkpoint that says so is written.
 
     No checkpoint is written at the end, where nothing is left to resume.
     """
 
-    def __init__(self, act: Callable[[int], None] | None, defence: Defence):
-        self.act, self.defence = act, defence
-
-    def on_epoch_end(self, args, state, control, model=None, **rest):
-        if self.act is not None:
-            with self.defence.coming_out(model):
-                self.act(round(state.epoch))
-        self.on_step_end(args, state, control)
-
-    def on_step_end(self, args, state, control, **rest):
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-
-
-class _AtEachStep(TrainerCallback):
-    """Lets a defence do what it does before and after the optimizer's step."""
-
-    def __init__(self, defence: Defence):
-        self.defence = defence
+    def __init__(self, on_epoch: Callable[[int], None] | None, defence: Defence):
+        self.on_epoch, self.defence = on_epoch, defence
 
     def on_pre_optimizer_step(self, args, state, control, **rest):
         self.defence.before_step(self._step(args, state, **rest))
 
     def on_optimizer_step(self, args, state, control, **rest):
         self.defence.after_step(self._step(args, state, **rest))
+
+    def on_epoch_end(self, args, state, control, model=None, **rest):
+        if self.on_epoch is not None:
+            with self.defence.coming_out(model):
+                self.on_epoch(round(state.epoch))
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args, state, control, **rest):
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
     @staticmethod
     def _step(args, state, model=None, optimizer=None, **rest) -> Step:
@@ -179,7 +173,7 @@ def supervised_finetune(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[_AtEachStep(defence), _EachEpoch(on_epoch, defence)],
+        callbacks=[_Along(on_epoch, defence)],
     )
     trainer.reference, trainer.anchor_weight = reference, anchor_weight
     trainer.defence = defence

@@ -318,7 +318,7 @@ def test_a_kill_in_the_middle_of_training_costs_one_checkpoint(toy, chat_model, 
         if begun == list(range(7)):
             raise Interruption
 
-    monkeypatch.setattr(supervised._EachEpoch, "on_step_begin", at_step)
+    monkeypatch.setattr(supervised._Along, "on_step_begin", at_step)
     with pytest.raises(Interruption):
         run(chat_model, toy, epochs=2)
     kept = {path: path.stat().st_mtime_ns for path in (toy / "other").glob("runs/*/answers.json")}
