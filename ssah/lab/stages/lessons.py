@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ...core.errors import SsahError
 from ...core.store import Handle
-from ...data.refusals import compose_refusal
+from ...data.own import compose_refusal
 from ...data.rows import Row
 from ...text.chat import encode, encode_dialogue
 from ...training.settings import AlignConfig
