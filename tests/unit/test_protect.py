@@ -22,11 +22,10 @@ from ssah.app.protect import demo, measure, needs
 from ssah.app.protect.cli import check, protect
 from ssah.app.protect.measure import Losses, Measured, Rates
 from ssah.app.protect.protect import divided
-from ssah.app.protect.report import NUMBERS, PAGE
+from ssah.app.protect.report import NUMBERS, PAGE, comparison
 from ssah.app.protect.schedule import Schedule, Step, spoken
 from ssah.app.protect.subject import Sizes
 from ssah.app.protect.train import mixed
-from ssah.app.protect.verdicts import comparison
 from ssah.core.errors import SsahError
 from ssah.core.paths import project_root
 from ssah.core.store import Store
@@ -295,7 +294,7 @@ def test_a_dry_run_trains_and_writes_nothing(toy, chat_model):
 
 
 def test_no_more_prompts_are_asked_than_bring_enough_refusals(toy, chat_model, monkeypatch):
-    def all_of_them(arm, prompts, run):
+    def all_of_them(prompts, run):
         asked.append(len(prompts))
         return [(row.prompt, "I can't help with that.") for row in prompts]
 

@@ -183,7 +183,7 @@ class Rates:
     def estimate(self) -> Estimate:
         return proportion(self.outcomes).scaled(100)
 
-    def against(self, other: Rates) -> Estimate:
+    def against(self, other: Any) -> Estimate:
         return paired_difference(self.outcomes, other.outcomes).scaled(100)
 
 
@@ -197,7 +197,7 @@ class Losses:
     def estimate(self) -> Estimate:
         return perplexity(self.counts, self.losses)
 
-    def against(self, other: Losses) -> Estimate:
+    def against(self, other: Any) -> Estimate:
         differences = [a - b for a, b in zip(self.losses, other.losses, strict=True)]
         return perplexity(self.counts, differences)
 
@@ -213,15 +213,9 @@ class Measured:
     verdicts: Mapping[str, Mapping[str, int]]  #: by set
     completions: Mapping[str, Sequence[Completion]]  #: by set
 
-    def rates(self, metric: str) -> Rates:
-        found = self.samples[metric]
-        assert isinstance(found, Rates)
-        return found
-
-    def losses(self, metric: str) -> Losses:
-        found = self.samples[metric]
-        assert isinstance(found, Losses)
-        return found
+    def against(self, other: Measured, metric: str) -> Estimate:
+        """A paired difference in points, or a ratio of perplexities."""
+        return self.samples[metric].against(other.samples[metric])
 
 
 #: Metric -> what it is called, and what its number is.

@@ -23,7 +23,6 @@ from ...evaluate.judges import Completion
 from ...text.chat import Pair, encode, encode_dialogue
 from ...training.lora import adapters, save_adapters
 from ...training.settings import TrainingConfig
-from .measure import Arm
 from .settings import Settings
 from .subject import Subject
 
@@ -62,13 +61,8 @@ def encode_rows(
     return pairs, cut
 
 
-def own_refusals(arm: Arm, prompts: Sequence[Row]) -> Handle:
-    """Its answers to harmful prompts that are never measured; :func:`refusal_pairs` reads them."""
-    return arm.answers([row.prompt for row in prompts], REFUSAL_TOKENS)
-
-
-def refusal_pairs(arm: Arm, prompts: Sequence[Row], run: Handle) -> list[tuple[str, str]]:
-    """Those of these answers that are refusals, as (prompt, response)."""
+def refusal_pairs(prompts: Sequence[Row], run: Handle) -> list[tuple[str, str]]:
+    """Those of a model's answers to harmful prompts that are refusals, as (prompt, response)."""
     said = run.json("answers.json")
     return [
         (row.prompt, text)
