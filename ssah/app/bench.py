@@ -10,7 +10,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -78,27 +78,24 @@ def attribution(profile: str, overrides: Sequence[str]) -> str:
     batches = list(dialogue_batches(pairs, lab.config.attribution.batch_size))
     model, layout = load_model(lab.given, lab.config.model, lab.device), lab.layout
 
+    @torch.inference_mode()
     def plain() -> None:
-        with torch.inference_mode():
-            for b in batches:
-                read(model, b)
+        for b in batches:
+            read(model, b)
 
-    def attributed() -> None:
-        collect_statistics(model, layout, batches)
-
-    times: dict[str, list[float]] = {"plain": [], "attribution": []}
+    alone, ratios = [], []
     with products_in(lab.precision):
         plain()
         for _ in range(7):
-            for name, work in (("plain", plain), ("attribution", attributed)):
-                times[name].append(_seconds(work))
-    ratios = [a / p for a, p in zip(times["attribution"], times["plain"], strict=True)]
+            alone.append(_seconds(plain))
+            attributed = _seconds(lambda: collect_statistics(model, layout, batches))
+            ratios.append(attributed / alone[-1])
     channels = sum(block.channels.numel() for block in layout.blocks)
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     return (
         f"Attribution / forward passes: median {statistics.median(ratios):.3f} "
         f"(min {min(ratios):.3f}, max {max(ratios):.3f}; {len(ratios)} pairs, {tokens} tokens, "
-        f"forward {statistics.median(times['plain']):.2f} s). Its statistics: {channels} channels "
+        f"forward {statistics.median(alone):.2f} s). Its statistics: {channels} channels "
         f"x 2 float64 = {channels * 16 / 2**20:.2f} MiB, whatever the number of samples."
     )
 
@@ -114,18 +111,15 @@ def training_costs(profile: str, overrides: Sequence[str]) -> pd.DataFrame:
     """
     context = multiprocessing.get_context("spawn")
     rows: dict[str, dict[str, Any]] = {}
-    for name in _shown("memory"):  # before this process grows: a child's peak begins with it
+    shown = functools.partial(tqdm, WAYS, leave=False, disable=not sys.stderr.isatty())
+    for name in shown(desc="memory"):  # before this process grows: a child's peak begins with it
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             rows[name] = pool.submit(_memory, name, profile, list(overrides)).result()
-    for name in _shown("steps"):
+    for name in shown(desc="steps"):
         if name != FULL:
             rows[name] |= _ratio(name, profile, overrides)
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("way to train").reset_index()
     return frame.fillna("").round(1)
-
-
-def _shown(what: str) -> Iterable[str]:
-    return tqdm(WAYS, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def _ratio(name: str, profile: str, overrides: Sequence[str]) -> dict[str, str]:
@@ -160,7 +154,7 @@ def _memory(name: str, profile: str, overrides: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

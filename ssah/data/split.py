@@ -14,8 +14,6 @@ from .settings import DataConfig
 
 logger = logging.getLogger(__name__)
 
-# --- near-duplicates and parts ---------------------------------------------------------------
-
 _FUNCTION_WORDS = frozenset(
     "a an the to of and in on for with that how or by from is as at it be their other into who "
     "such using".split()

@@ -55,9 +55,6 @@ class Begun:
     opening_tokens: int = 0
 
 
-# --- text to tokens --------------------------------------------------------------------------
-
-
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,

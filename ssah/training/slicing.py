@@ -13,7 +13,7 @@ lead there, chosen for each linear layer by how much of it trains:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -72,14 +72,13 @@ class _Restored:
             hook.remove()
 
 
-@contextmanager
 def train_only(
     model: PreTrainedModel,
     mask: UnitMask,
     *,
     shared_rows: SharedRows = "frozen",
     optimizer: Optimizer | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside the block only the units of ``mask`` train; every other weight keeps its bits.
 
     Embeddings, norms and the language-model head are frozen as well (paper, section 5). Create the
@@ -93,11 +92,9 @@ def train_only(
     pass the ``optimizer`` (made before them, outside): what trains keeps its state, what is frozen
     loses it.
     """
-    with _partly_trained(model, mask, shared_rows, optimizer, rest=False, thaw=True):
-        yield
+    return _partly_trained(model, mask, shared_rows, optimizer, rest=False, thaw=True)
 
 
-@contextmanager
 def freeze_units(
     model: PreTrainedModel,
     mask: UnitMask,
@@ -105,15 +102,13 @@ def freeze_units(
     shared_rows: SharedRows = "frozen",
     train_rest: bool = True,
     optimizer: Optimizer | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside the block the units of ``mask`` keep their bits while everything else trains.
 
     "Everything else" includes embeddings, norms and head, unless ``train_rest=False``; what did not
     require gradients before does not train. Otherwise as :func:`train_only`.
     """
-    trained = ~mask
-    with _partly_trained(model, trained, shared_rows, optimizer, rest=train_rest, thaw=False):
-        yield
+    return _partly_trained(model, ~mask, shared_rows, optimizer, rest=train_rest, thaw=False)
 
 
 @contextmanager
