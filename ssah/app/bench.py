@@ -33,7 +33,7 @@ from ..text.chat import encode_dialogue
 from ..training.defences import DEFENCES, Defence
 from ..training.defences.base import Step
 from ..training.lora import adapters, rank_for
-from ..training.loss import collate, summed_loss
+from ..training.loss import as_rows, collate, summed_loss
 from ..training.slicing import freeze_units, train_only
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
@@ -185,11 +185,7 @@ def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Tra
         defence = Defence() if found is None else found
         defence.refusals = dialogues[ROWS:]
         rows, anchors = defence.lesson(dialogues[:ROWS], random.Random(0))
-        batch = collate(
-            [{"prompt": p, "response": r} for p, r in rows]
-            + [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
-        )
-        batch = {key: part.to(model.device) for key, part in batch.items()}
+        batch = {k: part.to(model.device) for k, part in collate(as_rows(rows, anchors)).items()}
         weigh = defence.token_weights if defence.weighs_tokens else None
         defence.begin(model)
         numbers = itertools.count()

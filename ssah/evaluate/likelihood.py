@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..text.batches import Batch, by_length, label_logits, pad, scored_logits, sum_by_row
+from ..text.batches import Batch, by_length, label_logits, read, scored_logits, sum_by_row
 from ..text.chat import Pair
 
 if TYPE_CHECKING:
@@ -43,22 +43,16 @@ def choice_losses(
     step = max(batch_size // max((len(texts) for _, texts in items), default=1), 1)
     found: list[list[float]] = [[]] * len(items)
     for chosen in by_length([len(context) for context, _ in items], step):
-        contexts = [items[i][0] for i in chosen]
+        asked = Batch.of([(items[i][0], []) for i in chosen], side="left")
         texts = [text for i in chosen for text in items[i][1]]
         owner = torch.tensor([n for n, i in enumerate(chosen) for _ in items[i][1]])
         owner = owner.to(model.device)
-        ids = pad(contexts, 0, "left").to(model.device)
-        attention = pad([[1] * len(c) for c in contexts], 0, "left").to(model.device)
-        read = model.base_model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-        )
-        cache = read.past_key_values
+        attention = asked.attention_mask.to(model.device)
+        heard = read(model, asked, use_cache=True)
+        cache = heard.past_key_values
         cache.batch_select_indices(owner)
-        tails = pad(texts, 0).to(model.device)
-        known = pad([[1] * len(t) for t in texts], 0).to(model.device)
+        said = Batch.of([([], text) for text in texts])
+        tails, known = said.input_ids.to(model.device), said.attention_mask.to(model.device)
         hidden = model.base_model(
             input_ids=tails,
             attention_mask=torch.cat([attention[owner], known], 1),
@@ -66,7 +60,7 @@ def choice_losses(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        predicting = torch.cat([read.last_hidden_state[owner, -1:], hidden[:, :-1]], 1)
+        predicting = torch.cat([heard.last_hidden_state[owner, -1:], hidden[:, :-1]], 1)
         scored = known.bool()
         logits = label_logits(model, predicting[scored])
         token_loss = nn.functional.cross_entropy(logits, tails[scored], reduction="none")

@@ -99,8 +99,7 @@ def read(model: PreTrainedModel, batch: Batch, **options: Any) -> Any:
         input_ids=batch.input_ids.to(model.device),
         attention_mask=attention,
         position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        **options,
+        **{"use_cache": False, **options},
     )
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -18,7 +17,7 @@ from ..core.errors import SsahError
 from ..core.progress import quiet
 from ..core.runtime import reuse_memory, seed_everything
 from .defences.base import Defence, Step
-from .loss import Dialogues, collate, summed_loss
+from .loss import Dialogues, as_rows, collate, summed_loss
 from .settings import TrainingConfig
 
 
@@ -136,8 +135,6 @@ def supervised_finetune(
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not config.train_embeddings:
             embedding.requires_grad_(False)
-    rows: list[dict[str, Any]] = [{"prompt": p, "response": r} for p, r in dialogues]
-    rows += [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
     work = folder / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -171,7 +168,7 @@ def supervised_finetune(
     trainer = ResponseTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=as_rows(dialogues, anchors),
         data_collator=collate,
         callbacks=[_Along(on_epoch, defence)],
     )

@@ -26,11 +26,19 @@ from ...text.chat import Pair
 from ...units.layout import UnitLayout
 from . import measure as measuring
 from .measure import Arm, Measured, Prompts, Question, measure, questions, spread, tokens_of
-from .needs import memory_gb, micro_batch, require_disk, require_room, training_gb
 from .report import NUMBERS, Report, card, comparison, write_report
 from .schedule import LEARNED, Schedule, Step, spoken
 from .settings import DEFENCES, Settings
-from .subject import Subject, in_memory, named
+from .subject import (
+    Subject,
+    in_memory,
+    memory_gb,
+    micro_batch,
+    named,
+    require_disk,
+    require_room,
+    training_gb,
+)
 from .train import (
     ADAPTER,
     PAIRS_FOR_UNITS,
