@@ -23,10 +23,6 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-#: Put before a template where the tokenizer begins every text with a token of its own: templates
-#: hold all special tokens.
-_FIRST = "{{ bos_token }}"
-
 #: Put before a template that prints the date: a prompt must not change overnight.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}\n"
 
@@ -35,10 +31,11 @@ _ANSWER = "ANSWER"
 
 
 def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
-    """ChatML for a tokenizer, behind the token that it begins texts with (Gemma, Llama)."""
+    """ChatML for a tokenizer, behind the token that it begins texts with (Gemma, Llama): templates
+    hold all special tokens."""
     first = tokenizer("")["input_ids"][:1]
     begins = tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
-    return _FIRST + CHATML if begins else CHATML
+    return "{{ bos_token }}" + CHATML if begins else CHATML
 
 
 @dataclass(frozen=True)

@@ -142,16 +142,11 @@ class Question:
     asked: tuple[Row, ...] = ()
     pairs: tuple[Pair, ...] = ()
 
-    @property
-    def title(self) -> str:
-        if self.asked:
-            return f"answers to {len(self.asked)} prompts ({self.metric})"
-        return f"perplexity of {len(self.pairs)} responses ({self.metric})"
-
     def step(self, arm: str) -> Step:
-        title = f"{arm}: {self.title}"
         if self.asked:
+            title = f"{arm}: answers to {len(self.asked)} prompts ({self.metric})"
             return Step(title, "prompt", len(self.asked))
+        title = f"{arm}: perplexity of {len(self.pairs)} responses ({self.metric})"
         return Step(title, "token", tokens_of(self.pairs))
 
     def run(self, arm: Arm) -> Handle:
