@@ -191,6 +191,9 @@ def patch(
     forward = inner.forward
     heard: dict[str, Tensor] = {}
 
+    def as_heard(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda _: heard[name]
+
     def lockstep(*ids: Tensor, past_key_values: Any = None, **inputs: Any) -> Any:
         own = past_key_values or _Caches(None, None)
         there = donor.base_model(*ids, past_key_values=own.donor, **inputs)
@@ -204,7 +207,7 @@ def patch(
         for (name, linear, columns), (_, there, _) in zip(own, others, strict=True):
             for layer, hook in (
                 (there, _listener(heard, name, columns)),
-                (linear, _speaker(columns, lambda _, name=name: heard[name])),
+                (linear, _speaker(columns, as_heard(name))),
             ):
                 stack.callback(layer.register_forward_pre_hook(hook).remove)
         inner.forward = lockstep
