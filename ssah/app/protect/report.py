@@ -1,4 +1,4 @@
-"""What was found, as a page, as JSON and as a table in the terminal."""
+"""What was found, as a page, as JSON and as a table in the terminal, and what it means."""
 
 from __future__ import annotations
 
