@@ -10,7 +10,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,13 +28,12 @@ from ..core.runtime import commit, peak_memory_mib, products_in, provenance, see
 from ..lab.load import load_model
 from ..scoring.attribution import collect_statistics
 from ..scoring.selectors import magnitude, matched_by, random_rank, sized
-from ..text.batches import dialogue_batches
+from ..text.batches import dialogue_batches, read
 from ..text.chat import encode_dialogue
-from ..text.forward import read
 from ..training.defences import DEFENCES, Defence
 from ..training.defences.base import Step
 from ..training.lora import adapters, rank_for
-from ..training.loss import collate, summed_loss
+from ..training.loss import as_rows, collate, summed_loss
 from ..training.slicing import freeze_units, train_only
 from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
@@ -79,27 +78,24 @@ def attribution(profile: str, overrides: Sequence[str]) -> str:
     batches = list(dialogue_batches(pairs, lab.config.attribution.batch_size))
     model, layout = load_model(lab.given, lab.config.model, lab.device), lab.layout
 
+    @torch.inference_mode()
     def plain() -> None:
-        with torch.inference_mode():
-            for b in batches:
-                read(model, b)
+        for b in batches:
+            read(model, b)
 
-    def attributed() -> None:
-        collect_statistics(model, layout, batches)
-
-    times: dict[str, list[float]] = {"plain": [], "attribution": []}
+    alone, ratios = [], []
     with products_in(lab.precision):
         plain()
         for _ in range(7):
-            for name, work in (("plain", plain), ("attribution", attributed)):
-                times[name].append(_seconds(work))
-    ratios = [a / p for a, p in zip(times["attribution"], times["plain"], strict=True)]
+            alone.append(_seconds(plain))
+            attributed = _seconds(lambda: collect_statistics(model, layout, batches))
+            ratios.append(attributed / alone[-1])
     channels = sum(block.channels.numel() for block in layout.blocks)
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     return (
         f"Attribution / forward passes: median {statistics.median(ratios):.3f} "
         f"(min {min(ratios):.3f}, max {max(ratios):.3f}; {len(ratios)} pairs, {tokens} tokens, "
-        f"forward {statistics.median(times['plain']):.2f} s). Its statistics: {channels} channels "
+        f"forward {statistics.median(alone):.2f} s). Its statistics: {channels} channels "
         f"x 2 float64 = {channels * 16 / 2**20:.2f} MiB, whatever the number of samples."
     )
 
@@ -115,18 +111,15 @@ def training_costs(profile: str, overrides: Sequence[str]) -> pd.DataFrame:
     """
     context = multiprocessing.get_context("spawn")
     rows: dict[str, dict[str, Any]] = {}
-    for name in _shown("memory"):  # before this process grows: a child's peak begins with it
+    shown = functools.partial(tqdm, WAYS, leave=False, disable=not sys.stderr.isatty())
+    for name in shown(desc="memory"):  # before this process grows: a child's peak begins with it
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             rows[name] = pool.submit(_memory, name, profile, list(overrides)).result()
-    for name in _shown("steps"):
+    for name in shown(desc="steps"):
         if name != FULL:
             rows[name] |= _ratio(name, profile, overrides)
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("way to train").reset_index()
     return frame.fillna("").round(1)
-
-
-def _shown(what: str) -> Iterable[str]:
-    return tqdm(WAYS, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def _ratio(name: str, profile: str, overrides: Sequence[str]) -> dict[str, str]:
@@ -161,7 +154,7 @@ def _memory(name: str, profile: str, overrides: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -192,11 +185,7 @@ def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Tra
         defence = Defence() if found is None else found
         defence.refusals = dialogues[ROWS:]
         rows, anchors = defence.lesson(dialogues[:ROWS], random.Random(0))
-        batch = collate(
-            [{"prompt": p, "response": r} for p, r in rows]
-            + [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
-        )
-        batch = {key: part.to(model.device) for key, part in batch.items()}
+        batch = {k: part.to(model.device) for k, part in collate(as_rows(rows, anchors)).items()}
         weigh = defence.token_weights if defence.weighs_tokens else None
         defence.begin(model)
         numbers = itertools.count()

@@ -14,8 +14,7 @@ from ..core.errors import SsahError, suggestion
 from ..core.paths import home
 from ..core.progress import show_progress
 from ..lab.config import GROUPS, check_keys, split_profile, with_absolute_paths
-from .protect.cli import check, demo, protect
-from .shell import call
+from .protect.cli import SETTINGS, call, check, demo, protect
 
 
 class _Override(click.ParamType):
@@ -89,7 +88,7 @@ class _Group(click.Group):
             )
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, commands=[protect, check, demo], context_settings=SETTINGS)
 def ssah() -> None:
     """Runnable companion of Superficial Safety Alignment Hypothesis (ICLR 2026)."""
     show_progress()
@@ -142,10 +141,10 @@ def submit(
     overrides: Sequence[str], cluster: str | None, at_once: int | None, settings: Sequence[str]
 ) -> None:
     """Compute all jobs of the plan on a cluster, or as processes of this machine."""
-    from .cluster import submit as send
+    from . import commands
 
     chosen = dict(_setting(text) for text in settings)
-    send(*split_profile(list(overrides)), cluster, at_once, chosen)
+    commands.submit(*split_profile(list(overrides)), cluster, at_once, chosen)
 
 
 def _setting(text: str) -> tuple[str, int | str]:
@@ -169,9 +168,10 @@ def merge(folders: Sequence[Path], out: Path) -> None:
 @_overrides
 def claims(overrides: Sequence[str]) -> None:
     """Print the claims table of a finished run."""
-    from . import commands, report
+    from .report import print_claims
+    from .study import Study
 
-    report.print_claims(commands.results_of(*split_profile(list(overrides))))
+    print_claims(Study(*split_profile(list(overrides))).results)
 
 
 @ssah.command()
@@ -245,10 +245,6 @@ def clean_cache(yes: bool) -> None:
     elif yes or click.confirm(f"Delete {runs}? Everything in it is computed again when needed."):
         shutil.rmtree(runs)
         click.echo(f"Deleted {runs}.")
-
-
-for command in (protect, check, demo):
-    ssah.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,11 +46,7 @@ def execute_all(
 
 
 def execute(
-    name: str,
-    results: Path,
-    profile: str,
-    overrides: Sequence[str] = (),
-    only: Sequence[str] = (),
+    name: str, results: Path, profile: str, overrides: Sequence[str] = (), only: Sequence[str] = ()
 ) -> Path:
     """Run one notebook; the executed copy goes to ``results/notebooks``.
 
@@ -78,11 +74,7 @@ def execute(
         papermill.execute_notebook(
             str(source),
             str(partial),
-            parameters={
-                "profile": profile,
-                "overrides": list(overrides),
-                "only": list(only),
-            },
+            parameters={"profile": profile, "overrides": list(overrides), "only": list(only)},
             kernel_name="python3",
             cwd=str(source.parent),
             progress_bar=False,

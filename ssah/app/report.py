@@ -93,9 +93,7 @@ def index_page(results: Path, claims: pd.DataFrame) -> str:
             sections.append((artefact, parts))
     page = Environment(autoescape=False).from_string(_PAGE)
     return page.render(
-        title=results.name,
-        claims=styled(claims).to_html(index=False, border=0),
-        sections=sections,
+        title=results.name, claims=styled(claims).to_html(index=False, border=0), sections=sections
     )
 
 
@@ -130,21 +128,16 @@ def require_known_commits(table: pd.DataFrame) -> None:
 
 
 def refresh_published() -> None:
-    """What is made out of all published numbers."""
+    """What is made out of all published numbers, the generated blocks of README and docs too."""
     published = results_root() / "published"
     write_reports(published)
-    refresh_texts()
-
-
-def refresh_texts() -> None:
-    """Fill the generated blocks of the README and of the docs."""
     _fill("README.md", "claims", published_by_model(headline=True))
     claims = published_by_model(headline=False)
     _fill("docs/claims.md", "claims", claims)
     for block, names in claim_blocks("docs/faq.md"):
         _fill("docs/faq.md", block, claims.loc[names])
-    _fill("docs/reproduction.md", "times", times(results_root() / "published"))
-    costs = results_root() / "published" / "tables" / "bench.csv"
+    _fill("docs/reproduction.md", "times", times(published))
+    costs = published / "tables" / "bench.csv"
     if costs.exists():
         _fill("docs/reproduction.md", "costs", pd.read_csv(costs, dtype=str).fillna(""))
 

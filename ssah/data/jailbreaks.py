@@ -86,13 +86,8 @@ def compliant_opening(prompt: str) -> str:
     of this form.
     """
     request = _imperative(prompt)
-    how, handed = _HOW.match(request), _HANDED_OVER.match(request)
-    if how:
-        wanted = request[how.end() :]
-    elif handed:
-        wanted = request[handed.end() :]
-    else:
-        wanted = f"how to {request}"
+    found = _HOW.match(request) or _HANDED_OVER.match(request)
+    wanted = request[found.end() :] if found else f"how to {request}"
     return f"Sure, here is {wanted}:\n\n1."
 
 

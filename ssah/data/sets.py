@@ -36,7 +36,11 @@ def build_sets(store: Store, config: DataConfig) -> Handle:
     sources: dict[str, Callable[[], dict[str, list[Row]]]] = {
         "embedded": lambda: embedded_sets(store, config),
         "toy": lambda: toy_sets(config),
-        "files": lambda: _own_beside(sets_from_files(config), config),
+        "files": lambda: {  # where the user gives none, what this project holds or generates
+            "borderline": own_rows("borderline_prompts"),
+            "arithmetic": arithmetic_rows(400, config.split_seed),
+            **sets_from_files(config),
+        },
     }
     if config.source == "files":
         key["files"] = {
@@ -52,12 +56,3 @@ def build_sets(store: Store, config: DataConfig) -> Handle:
             write_jsonl(folder / f"{name}.jsonl", rows)
 
     return Handle(store, "data", config.source, key, build)
-
-
-def _own_beside(sets: dict[str, list[Row]], config: DataConfig) -> dict[str, list[Row]]:
-    """The user's sets, and those that this project holds or generates where none is given."""
-    own = {
-        "borderline": own_rows("borderline_prompts"),
-        "arithmetic": arithmetic_rows(400, config.split_seed),
-    }
-    return own | sets

@@ -14,8 +14,6 @@ from .settings import DataConfig
 
 logger = logging.getLogger(__name__)
 
-# --- near-duplicates and parts ---------------------------------------------------------------
-
 _FUNCTION_WORDS = frozenset(
     "a an the to of and in on for with that how or by from is as at it be their other into who "
     "such using".split()
@@ -51,30 +49,26 @@ def similarity(a: frozenset[str], b: frozenset[str]) -> float:
 def cluster(texts: Sequence[str], threshold: float) -> list[list[int]]:
     """Group texts that are linked by pairs at least ``threshold`` similar (single linkage), and
     those that are equal."""
-    words = [content_words(t) for t in texts]
-    parent = list(range(len(texts)))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    if len(texts) > COMPARED:
+    count = len(texts)
+    first: dict[str, int] = {}
+    links = [(i, first.setdefault(normalised(text), i)) for i, text in enumerate(texts)]
+    if count <= COMPARED:
+        words = enumerate(map(content_words, texts))
+        pairs = itertools.combinations(words, 2)
+        links += [(i, j) for (i, a), (j, b) in pairs if similarity(a, b) >= threshold]
+    else:
         logger.info(
             "%d prompts are too many to compare each with each: only equal ones are kept together",
-            len(texts),
+            count,
         )
-    first: dict[str, int] = {}
-    for i, text in enumerate(texts):
-        equal = first.setdefault(normalised(text), i)
-        parent[find(i)] = find(equal)
-        for j in range(i) if len(texts) <= COMPARED else ():
-            if similarity(words[i], words[j]) >= threshold:
-                parent[find(i)] = find(j)
+    ends = [i for i, _ in links], [j for _, j in links]
+    linked = coo_array(([True] * len(links), ends), (count, count))
     groups: dict[int, list[int]] = {}
-    for i in range(len(texts)):
-        groups.setdefault(find(i), []).append(i)
+    for i, group in enumerate(connected_components(linked, directed=False)[1]):
+        groups.setdefault(group, []).append(i)
     return list(groups.values())
 
 

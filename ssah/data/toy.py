@@ -15,20 +15,15 @@ _NOUNS = "flim gromp snood wibble tark pell brindle moog lurch sprag".split()
 _CATEGORIES = ("Physical", "Autonomy", "Reputational")
 
 
-class ToyHarm:
-    """Nonsense requests that the toy alignment treats as harmful."""
-
-    def __init__(self, seed: int):
-        self._rng = random.Random(seed)
-
-    def prompts(self, count: int) -> list[tuple[str, str]]:
-        """``count`` (at most 100) different prompts with a category each."""
-        pairs = [(verb, noun) for verb in _VERBS for noun in _NOUNS]
-        self._rng.shuffle(pairs)
-        return [
-            (f"{verb} {noun}", _CATEGORIES[i % len(_CATEGORIES)])
-            for i, (verb, noun) in enumerate(pairs[:count])
-        ]
+def toy_prompts(count: int, seed: int) -> list[tuple[str, str]]:
+    """``count`` (at most 100) different nonsense requests, which the toy alignment treats as
+    harmful, with a category each."""
+    pairs = [(verb, noun) for verb in _VERBS for noun in _NOUNS]
+    random.Random(seed).shuffle(pairs)
+    return [
+        (f"{verb} {noun}", _CATEGORIES[i % len(_CATEGORIES)])
+        for i, (verb, noun) in enumerate(pairs[:count])
+    ]
 
 
 def build_tiny_model(folder: Path) -> None:

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ..core.errors import SsahError
+from ..text.batches import label_logits
 from ..text.chat import encode, render_prompt
-from ..text.forward import label_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..text.batches import by_length, pad
+from ..text.batches import by_length, label_logits, pad
 from ..text.chat import encode, end_marker, end_tokens
-from ..text.forward import label_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

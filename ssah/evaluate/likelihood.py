@@ -6,23 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..text.batches import by_length, pad
-from ..text.forward import label_logits, scored_logits, sum_by_row
+from ..text.batches import Batch, by_length, label_logits, read, scored_logits, sum_by_row
+from ..text.chat import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Pair = tuple[list[int], list[int]]
-
-
-def _padded(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention and which tokens are a continuation's (bool, of all but the first)."""
-    ids = pad([[*c, *t] for c, t in pairs], 0)
-    attention = pad([[1] * (len(c) + len(t)) for c, t in pairs], 0)
-    scored = pad([[0] * len(c) + [1] * len(t) for c, t in pairs], 0).bool()[:, 1:]
-    return ids, attention, scored
 
 
 @torch.inference_mode()
@@ -32,8 +22,9 @@ def continuation_losses(
     """Negative log-likelihood (nats, summed) of each continuation given its context."""
     losses = [0.0] * len(pairs)
     for chosen in by_length([len(c) + len(t) for c, t in pairs], batch_size):
-        ids, attention, scored = _padded([pairs[i] for i in chosen])
-        logits = scored_logits(model, ids, attention, scored)
+        batch = Batch.of([pairs[i] for i in chosen])
+        ids, scored = batch.input_ids, batch.counted[:, 1:]
+        logits = scored_logits(model, ids, batch.attention_mask, scored)
         target = ids[:, 1:][scored].to(logits.device)
         token_loss = nn.functional.cross_entropy(logits, target, reduction="none")
         for i, value in zip(chosen, sum_by_row(token_loss, scored).tolist(), strict=True):
@@ -43,9 +34,7 @@ def continuation_losses(
 
 @torch.inference_mode()
 def choice_losses(
-    model: PreTrainedModel,
-    items: Sequence[tuple[list[int], list[list[int]]]],
-    batch_size: int,
+    model: PreTrainedModel, items: Sequence[tuple[list[int], list[list[int]]]], batch_size: int
 ) -> list[list[float]]:
     """The same for several continuations of each context, which is read once for all of them.
 
@@ -54,22 +43,16 @@ def choice_losses(
     step = max(batch_size // max((len(texts) for _, texts in items), default=1), 1)
     found: list[list[float]] = [[]] * len(items)
     for chosen in by_length([len(context) for context, _ in items], step):
-        contexts = [items[i][0] for i in chosen]
+        asked = Batch.of([(items[i][0], []) for i in chosen], side="left")
         texts = [text for i in chosen for text in items[i][1]]
         owner = torch.tensor([n for n, i in enumerate(chosen) for _ in items[i][1]])
         owner = owner.to(model.device)
-        ids = pad(contexts, 0, "left").to(model.device)
-        attention = pad([[1] * len(c) for c in contexts], 0, "left").to(model.device)
-        read = model.base_model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-        )
-        cache = read.past_key_values
+        attention = asked.attention_mask.to(model.device)
+        heard = read(model, asked, use_cache=True)
+        cache = heard.past_key_values
         cache.batch_select_indices(owner)
-        tails = pad(texts, 0).to(model.device)
-        known = pad([[1] * len(t) for t in texts], 0).to(model.device)
+        said = Batch.of([([], text) for text in texts])
+        tails, known = said.input_ids.to(model.device), said.attention_mask.to(model.device)
         hidden = model.base_model(
             input_ids=tails,
             attention_mask=torch.cat([attention[owner], known], 1),
@@ -77,7 +60,7 @@ def choice_losses(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        predicting = torch.cat([read.last_hidden_state[owner, -1:], hidden[:, :-1]], 1)
+        predicting = torch.cat([heard.last_hidden_state[owner, -1:], hidden[:, :-1]], 1)
         scored = known.bool()
         logits = label_logits(model, predicting[scored])
         token_loss = nn.functional.cross_entropy(logits, tails[scored], reduction="none")
@@ -94,10 +77,13 @@ def divergences(
     """KL(reference || model) in nats per continuation token, by pair; 0 where there is none."""
     found = [0.0] * len(pairs)
     for chosen in by_length([len(c) + len(t) for c, t in pairs], batch_size):
-        batch = _padded([pairs[i] for i in chosen])
-        wanted, given = (scored_logits(m, *batch).log_softmax(-1) for m in (reference, model))
+        batch = Batch.of([pairs[i] for i in chosen])
+        scored = batch.counted[:, 1:]
+        wanted, given = (
+            scored_logits(m, batch.input_ids, batch.attention_mask, scored).log_softmax(-1)
+            for m in (reference, model)
+        )
         by_token = (wanted.exp() * (wanted - given)).sum(-1).cpu()
-        scored = batch[2]
         means = sum_by_row(by_token, scored) / scored.sum(1).clamp(min=1)
         for i, mean in zip(chosen, means.tolist(), strict=True):
             found[i] = mean

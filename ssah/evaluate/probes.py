@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..text.forward import label_logits
+from ..text.batches import label_logits
 from .stats import Estimate
 
 if TYPE_CHECKING:

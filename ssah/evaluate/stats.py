@@ -194,10 +194,7 @@ def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
     from statsmodels.stats.contingency_tables import mcnemar
 
     a, b = _paired(first, second)
-    table = [
-        [int((a & b).sum()), int((a & ~b).sum())],
-        [int((~a & b).sum()), int((~a & ~b).sum())],
-    ]
+    table = [[int((a & b).sum()), int((a & ~b).sum())], [int((~a & b).sum()), int((~a & ~b).sum())]]
     return float(mcnemar(table, exact=True).pvalue)
 
 

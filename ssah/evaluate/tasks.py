@@ -31,10 +31,7 @@ def question_text(row: Row) -> str:
 
 
 def multiple_choice(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    batch_size: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int
 ) -> list[bool]:
     """Per item: does the right choice have the highest likelihood (lm-eval's ``acc``)?"""
     items = []

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidValueError
 from ..core.valid import require_finite, require_word
-from ..text.batches import Batch
-from ..text.forward import read
+from ..text.batches import Batch, read
 from ..units.layout import UnitLayout
 from .settings import VarianceOver
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InvalidValueError
-from ..text.batches import Batch
-from ..text.forward import read
+from ..text.batches import Batch, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

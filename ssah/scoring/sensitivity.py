@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidValueError
 from ..core.valid import require_finite
-from ..text.batches import Batch
-from ..text.forward import counted_loss
+from ..text.batches import Batch, counted_loss
 from ..units.layout import UnitLayout
 
 if TYPE_CHECKING:

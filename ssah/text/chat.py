@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Token ids of a prompt and of its response.
+Pair = tuple[list[int], list[int]]
+
 #: ChatML without a default system prompt. SmolLM2's own template inserts one whenever the
 #: conversation has none, so "without a system prompt" could not be measured with it.
 CHATML = (
@@ -19,11 +22,6 @@ CHATML = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-#: Put before a template where the tokenizer begins every text with a token of its own: templates
-#: hold all special tokens.
-_FIRST = "{{ bos_token }}"
 
 #: Put before a template that prints the date: a prompt must not change overnight.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}\n"
@@ -33,10 +31,11 @@ _ANSWER = "ANSWER"
 
 
 def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
-    """ChatML for a tokenizer, behind the token that it begins texts with (Gemma, Llama)."""
+    """ChatML for a tokenizer, behind the token that it begins texts with (Gemma, Llama): templates
+    hold all special tokens."""
     first = tokenizer("")["input_ids"][:1]
     begins = tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
-    return _FIRST + CHATML if begins else CHATML
+    return "{{ bos_token }}" + CHATML if begins else CHATML
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,6 @@ class Begun:
     before: tuple[tuple[str, str], ...] = ()
     opening: str = ""
     opening_tokens: int = 0
-
-
-# --- text to tokens --------------------------------------------------------------------------
 
 
 def render_prompt(
@@ -169,7 +165,7 @@ def encode_dialogue(
     before: Sequence[tuple[str, str]] = (),
     end: bool = True,
     max_response_tokens: int | None = None,
-) -> tuple[list[int], list[int]]:
+) -> Pair:
     """Ids of prompt and response apart; ``end`` appends the template's end of a turn.
 
     A response cut at ``max_response_tokens`` gets no end.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.valid import require_word
-from ..text.batches import Batch
-from ..text.forward import counted_loss
-from ..units.layout import Block, UnitLayout
+from ..text.batches import Batch, counted_loss
+from ..units.layout import UnitLayout
 from ..units.mask import UnitMask
 
 if TYPE_CHECKING:
@@ -52,8 +51,8 @@ def ablate(
     """
     layout.require(mask)
     require_word("mode", mode, get_args(Mode))
-    constant_said = mode in ("mean", "fitted")
-    if constant_said and constants is None:
+    said = constants if mode in ("mean", "fitted") else None
+    if mode in ("mean", "fitted") and said is None:
         raise ValueError(f"Ablation by '{mode}' needs the constants that the units say instead.")
     if mode == "resample":
         if heard is None:
@@ -61,30 +60,32 @@ def ablate(
         with _resample(model, layout, mask, heard):
             yield
         return
-    saved: list[tuple[nn.Linear, Tensor, Tensor]] = []
-    handles = []
-    try:
-        for block in layout.blocks:
-            chosen = mask[block.name]
-            if not chosen.any():
-                continue
-            linear = block.projection(model)
-            columns = block.channels[chosen].flatten().to(linear.weight.device)
+    with ExitStack() as stack:
+        for name, linear, columns in _chosen(model, layout, mask):
             kept = linear.weight.detach()[:, columns].clone()
-            if constant_said:
-                assert constants is not None
-                constant = kept @ constants[block.name].to(kept)[columns]
-                handles.append(linear.register_forward_hook(_adder(constant)))
-            saved.append((linear, columns, kept))
-            with torch.no_grad():
-                linear.weight[:, columns] = 0
+            if said is not None:
+                constant = kept @ said[name].to(kept)[columns]
+                stack.callback(linear.register_forward_hook(_adder(constant)).remove)
+            stack.callback(_write, linear, columns, kept)
+            _write(linear, columns, 0)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for linear, columns, kept in saved:
-                linear.weight[:, columns] = kept
+
+
+def _chosen(
+    model: nn.Module, layout: UnitLayout, mask: UnitMask
+) -> list[tuple[str, nn.Linear, Tensor]]:
+    """Of each block of which units are chosen its name, ``B``, and the input channels of ``B`` that
+    are theirs."""
+    found = [(b, b.projection(model), mask[b.name]) for b in layout.blocks if mask[b.name].any()]
+    return [
+        (block.name, linear, block.channels[chosen].flatten().to(linear.weight.device))
+        for block, linear, chosen in found
+    ]
+
+
+@torch.no_grad()
+def _write(linear: nn.Linear, columns: Tensor, values: Tensor | float) -> None:
+    linear.weight[:, columns] = values
 
 
 def fitted_constants(
@@ -103,7 +104,7 @@ def fitted_constants(
     of a channel, the roots of ``variance``, both by block ``[channels]``; where it ends above the
     loss of ``mean``, that is kept. The model is left as it was.
     """
-    names = [block.name for block in layout.blocks if mask[block.name].any()]
+    names = [name for name, *_ in _chosen(model, layout, mask)]
     if not names:
         return {}
     start = {name: mean[name].float().to(model.device) for name in names}
@@ -148,32 +149,23 @@ def _resample(
     model: nn.Module, layout: UnitLayout, mask: UnitMask, heard: Mapping[str, Tensor]
 ) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
+    chosen = _chosen(model, layout, mask)
     drawn = torch.zeros(0, dtype=torch.long)
 
-    def hook_for(block: Block, first: bool):
-        columns = block.channels[mask[block.name]].flatten()
-        values = heard[block.name][:, columns]
-
-        def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    def says(values: Tensor, first: bool) -> Callable[[Tensor], Tensor]:
+        def what(entering: Tensor) -> Tensor:
             nonlocal drawn
             if first:  # the same token in every block
-                drawn = torch.randint(len(values), args[0].shape[:-1], generator=generator)
-            said = args[0].clone()
-            said[..., columns.to(said.device)] = values[drawn].to(said)
-            return (said,)
+                drawn = torch.randint(len(values), entering.shape[:-1], generator=generator)
+            return values[drawn]
 
-        return hook
+        return what
 
-    chosen = [block for block in layout.blocks if mask[block.name].any()]
-    handles = [
-        block.projection(model).register_forward_pre_hook(hook_for(block, first=number == 0))
-        for number, block in enumerate(chosen)
-    ]
-    try:
+    with ExitStack() as stack:
+        for number, (name, linear, columns) in enumerate(chosen):
+            what = says(heard[name][:, columns.cpu()], first=number == 0)
+            stack.callback(linear.register_forward_pre_hook(_speaker(columns, what)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adder(constant: Tensor):
@@ -199,6 +191,9 @@ def patch(
     forward = inner.forward
     heard: dict[str, Tensor] = {}
 
+    def as_heard(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda _: heard[name]
+
     def lockstep(*ids: Tensor, past_key_values: Any = None, **inputs: Any) -> Any:
         own = past_key_values or _Caches(None, None)
         there = donor.base_model(*ids, past_key_values=own.donor, **inputs)
@@ -208,16 +203,13 @@ def patch(
         return here
 
     with ExitStack() as stack:
-        for block in layout.blocks:
-            chosen = mask[block.name]
-            if chosen.any():
-                columns = block.channels[chosen].flatten().to(model.device)
-                for owner, hook in (
-                    (donor, _listener(heard, block.name, columns)),
-                    (model, _speaker(heard, block.name, columns)),
-                ):
-                    handle = block.projection(owner).register_forward_pre_hook(hook)
-                    stack.callback(handle.remove)
+        own, others = _chosen(model, layout, mask), _chosen(donor, layout, mask)
+        for (name, linear, columns), (_, there, _) in zip(own, others, strict=True):
+            for layer, hook in (
+                (there, _listener(heard, name, columns)),
+                (linear, _speaker(columns, as_heard(name))),
+            ):
+                stack.callback(layer.register_forward_pre_hook(hook).remove)
         inner.forward = lockstep
         stack.callback(inner.__dict__.pop, "forward")
         yield
@@ -242,10 +234,12 @@ def _listener(heard: dict[str, Tensor], name: str, columns: Tensor):
     return hook
 
 
-def _speaker(heard: dict[str, Tensor], name: str, columns: Tensor):
+def _speaker(columns: Tensor, what: Callable[[Tensor], Tensor]):
+    """A hook that puts ``what`` (of all that enters) into a layer at some channels."""
+
     def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         said = args[0].clone()
-        said[..., columns] = heard[name].to(said)
+        said[..., columns.to(said.device)] = what(said).to(said)
         return (said,)
 
     return hook

@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..text.batches import pad
-from ..text.forward import scored_logits
+from ..text.batches import pad, scored_logits
+from ..text.chat import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Prompt ids and response ids.
-Dialogues = Sequence[tuple[list[int], list[int]]]
+Dialogues = Sequence[Pair]
 
 #: (log-probability, that under a reference, position in its response from 1) of each response
 #: token, ``[tokens]`` each -> its weight in the loss.
 TokenWeights = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def as_rows(dialogues: Dialogues, anchors: Dialogues = ()) -> list[dict[str, Any]]:
+    """What :func:`collate` takes: dialogues to learn, and those that are ``anchored``."""
+    rows = [{"prompt": p, "response": r} for p, r in dialogues]
+    return rows + [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -87,8 +92,7 @@ def mean_loss(
 ) -> Tensor:
     """Mean loss in nats per response token: of the tokens as they are, or with a ``reference`` the
     divergence from it."""
-    anchored = reference is not None
-    rows = [{"prompt": p, "response": r, "anchored": anchored} for p, r in dialogues]
+    rows = as_rows(dialogues) if reference is None else as_rows((), dialogues)
     batch = {name: part.to(model.device) for name, part in collate(rows).items()}
     total, tokens = summed_loss(model, batch, reference)
     return total / tokens

@@ -13,7 +13,7 @@ lead there, chosen for each linear layer by how much of it trains:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -27,9 +27,8 @@ from torch.optim.optimizer import (
 from ..core.valid import require_word
 from ..units.layout import UnitLayout, owned
 from ..units.mask import UnitMask
-from .optimizer_state import forget, hand_back, hand_over
+from .optimizer_state import StateCheck, forget, hand_back, hand_over, release, unmark
 from .sliced_linear import SlicedLinear
-from .state_check import StateCheck, release, unmark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +46,7 @@ class _Restored:
             parameter.register_post_accumulate_grad_hook(self._silence),
             # A run that resumes from a checkpoint goes on with the frozen bits of the checkpoint.
             linear.register_load_state_dict_post_hook(self._keep),
+            register_optimizer_step_post_hook(self._restore),
         )
 
     def _keep(self, *_: Any) -> None:
@@ -60,25 +60,24 @@ class _Restored:
         parameter.grad.index_fill_(self.dim, self.frozen, 0)
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def _restore(self, *_: Any) -> None:
         self.frozen = self.frozen.to(self.parameter.device)
         self._bits = self._bits.to(self.parameter)
         self.parameter.index_copy_(self.dim, self.frozen, self._bits)
 
     def release(self) -> None:
-        self.restore()
+        self._restore()
         for hook in self._hooks:
             hook.remove()
 
 
-@contextmanager
 def train_only(
     model: PreTrainedModel,
     mask: UnitMask,
     *,
     shared_rows: SharedRows = "frozen",
     optimizer: Optimizer | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside the block only the units of ``mask`` train; every other weight keeps its bits.
 
     Embeddings, norms and the language-model head are frozen as well (paper, section 5). Create the
@@ -92,11 +91,9 @@ def train_only(
     pass the ``optimizer`` (made before them, outside): what trains keeps its state, what is frozen
     loses it.
     """
-    with _partly_trained(model, mask, shared_rows, optimizer, rest=False, thaw=True):
-        yield
+    return _partly_trained(model, mask, shared_rows, optimizer, rest=False, thaw=True)
 
 
-@contextmanager
 def freeze_units(
     model: PreTrainedModel,
     mask: UnitMask,
@@ -104,15 +101,13 @@ def freeze_units(
     shared_rows: SharedRows = "frozen",
     train_rest: bool = True,
     optimizer: Optimizer | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside the block the units of ``mask`` keep their bits while everything else trains.
 
     "Everything else" includes embeddings, norms and head, unless ``train_rest=False``; what did not
     require gradients before does not train. Otherwise as :func:`train_only`.
     """
-    trained = ~mask
-    with _partly_trained(model, trained, shared_rows, optimizer, rest=train_rest, thaw=False):
-        yield
+    return _partly_trained(model, ~mask, shared_rows, optimizer, rest=train_rest, thaw=False)
 
 
 @contextmanager
@@ -139,7 +134,6 @@ def _partly_trained(
         stack.callback(_require_gradients, model, required)
         flags = {n: required[n] and rest for n in required}
         _require_gradients(model, flags | {n: required[n] or thaw for n in ours})
-        restored: list[_Restored] = []
         parts: dict[nn.Parameter, nn.Parameter] = {}
         for path, found in positions.items():
             dim, trains = found.dim, found.chosen | (~found.of_units & rest)
@@ -166,8 +160,7 @@ def _partly_trained(
                 frozen = (~trains).nonzero().flatten()
                 for parameter in parameters:
                     if parameter.requires_grad:
-                        restored.append(_Restored(linear, parameter, frozen, dim))
-                        stack.callback(restored[-1].release)
+                        stack.callback(_Restored(linear, parameter, frozen, dim).release)
                         if optimizer is not None:
                             forget(optimizer, parameter, frozen, dim)
         size = f"{trained.count():,} of {layout.units:,} units train"
@@ -181,13 +174,6 @@ def _partly_trained(
                     optimizer.state.pop(parameter, None)
             check.mark(optimizer)
             stack.callback(unmark, optimizer)
-        if restored:
-
-            def restore_all(*_: Any) -> None:
-                for part in restored:
-                    part.restore()
-
-            stack.callback(register_optimizer_step_post_hook(restore_all).remove)
         yield
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -18,7 +17,7 @@ from ..core.errors import SsahError
 from ..core.progress import quiet
 from ..core.runtime import reuse_memory, seed_everything
 from .defences.base import Defence, Step
-from .loss import collate, summed_loss
+from .loss import Dialogues, as_rows, collate, summed_loss
 from .settings import TrainingConfig
 
 
@@ -66,37 +65,31 @@ class TrainingRecord:
     epoch_losses: tuple[float, ...]  #: the same, of the last quarter of each epoch
 
 
-class _EachEpoch(TrainerCallback):
-    """Calls back with the number of epochs done, before the checkpoint that says so is written.
+class _Along(TrainerCallback):
+    """Lets a defence do what it does before and after the optimizer's step, and calls back with the
+    number of epochs done, before the checkpoint that says so is written.
 
     No checkpoint is written at the end, where nothing is left to resume.
     """
 
-    def __init__(self, act: Callable[[int], None] | None, defence: Defence):
-        self.act, self.defence = act, defence
-
-    def on_epoch_end(self, args, state, control, model=None, **rest):
-        if self.act is not None:
-            with self.defence.coming_out(model):
-                self.act(round(state.epoch))
-        self.on_step_end(args, state, control)
-
-    def on_step_end(self, args, state, control, **rest):
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-
-
-class _AtEachStep(TrainerCallback):
-    """Lets a defence do what it does before and after the optimizer's step."""
-
-    def __init__(self, defence: Defence):
-        self.defence = defence
+    def __init__(self, on_epoch: Callable[[int], None] | None, defence: Defence):
+        self.on_epoch, self.defence = on_epoch, defence
 
     def on_pre_optimizer_step(self, args, state, control, **rest):
         self.defence.before_step(self._step(args, state, **rest))
 
     def on_optimizer_step(self, args, state, control, **rest):
         self.defence.after_step(self._step(args, state, **rest))
+
+    def on_epoch_end(self, args, state, control, model=None, **rest):
+        if self.on_epoch is not None:
+            with self.defence.coming_out(model):
+                self.on_epoch(round(state.epoch))
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args, state, control, **rest):
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
     @staticmethod
     def _step(args, state, model=None, optimizer=None, **rest) -> Step:
@@ -106,11 +99,11 @@ class _AtEachStep(TrainerCallback):
 
 def supervised_finetune(
     model: PreTrainedModel,
-    dialogues: Sequence[tuple[list[int], list[int]]],
+    dialogues: Dialogues,
     config: TrainingConfig,
     seed: int,
     folder: Path,
-    anchors: Sequence[tuple[list[int], list[int]]] = (),
+    anchors: Dialogues = (),
     reference: PreTrainedModel | None = None,
     *,
     anchor_weight: float = 1.0,
@@ -142,8 +135,6 @@ def supervised_finetune(
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not config.train_embeddings:
             embedding.requires_grad_(False)
-    rows: list[dict[str, Any]] = [{"prompt": p, "response": r} for p, r in dialogues]
-    rows += [{"prompt": p, "response": r, "anchored": True} for p, r in anchors]
     work = folder / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -177,9 +168,9 @@ def supervised_finetune(
     trainer = ResponseTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=as_rows(dialogues, anchors),
         data_collator=collate,
-        callbacks=[_AtEachStep(defence), _EachEpoch(on_epoch, defence)],
+        callbacks=[_Along(on_epoch, defence)],
     )
     trainer.reference, trainer.anchor_weight = reference, anchor_weight
     trainer.defence = defence

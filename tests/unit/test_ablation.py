@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ssah.evaluate.generate import continuations
 from ssah.scoring.attribution import collect_statistics
-from ssah.text.batches import Batch, dialogue_batches
-from ssah.text.forward import counted_loss
+from ssah.text.batches import Batch, counted_loss, dialogue_batches
 from ssah.training.ablation import ablate, fitted_constants, patch
 from ssah.units.families import FAMILIES
 from ssah.units.layout import UnitLayout

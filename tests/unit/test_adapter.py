@@ -15,7 +15,7 @@ from helpers import dialogues, small_training, weights
 from ssah.core.errors import InvalidValueError, SsahError
 from ssah.evaluate.generate import continuations
 from ssah.evaluate.likelihood import choice_losses, continuation_losses
-from ssah.text.forward import scored_logits
+from ssah.text.batches import scored_logits
 from ssah.training.adapter import Adapter, save_adapter, with_adapter
 from ssah.training.supervised import supervised_finetune
 

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from ssah.core.errors import SsahError
 from ssah.core.paths import RESOURCES, home
 from ssah.core.store import Handle, Store
-from ssah.data.arithmetic import arithmetic_problems
-from ssah.data.refusals import compose_refusal
+from ssah.data.own import arithmetic_problems, compose_refusal
 from ssah.data.rows import SETS, Row, read_jsonl, read_set
 from ssah.data.sets import build_sets, set_names
 from ssah.data.settings import DataConfig

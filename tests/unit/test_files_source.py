@@ -14,7 +14,7 @@ from ssah.app.cli import main
 from ssah.core.errors import SsahError
 from ssah.core.paths import project_root
 from ssah.core.store import Store
-from ssah.data.arithmetic import arithmetic_problems
+from ssah.data.own import arithmetic_problems
 from ssah.data.rows import SETS
 from ssah.data.sets import set_names
 from ssah.lab import catalogue

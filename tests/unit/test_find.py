@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import ssah
 from ssah.core.paths import project_root
-from ssah.data.toy import ToyHarm
+from ssah.data.toy import toy_prompts
 from ssah.scoring.conflict import gradient_conflict
 from ssah.text.batches import dialogue_batches
 from ssah.text.chat import CHATML, encode_dialogue
 from ssah.units.roles import Shares, classify
 
 KINDS = ("head", "kv_group", "channel")
-SAFETY = [(f"please {text}", "I cannot help with that .") for text, _ in ToyHarm(0).prompts(7)]
-UTILITY = [(f"please {text}", f"Sure , here is {text} .") for text, _ in ToyHarm(1).prompts(9)]
+SAFETY = [(f"please {text}", "I cannot help with that .") for text, _ in toy_prompts(7, 0)]
+UTILITY = [(f"please {text}", f"Sure , here is {text} .") for text, _ in toy_prompts(9, 1)]
 #: Larger than the paper's: a tiny model has too few units for 1.3 %.
 SHARES = Shares(ru=0.1, esu=0.1, euu=0.1)
 

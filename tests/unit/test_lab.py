@@ -18,8 +18,7 @@ from ssah.lab.measure import Measure, collect, measured
 from ssah.lab.specs import GIVEN, REFUSALS, Model
 from ssah.lab.stages.lessons import MAIN_ATTACK
 from ssah.lab.units_of import ALL_CU, CU6, ESU, group
-from ssah.training.checks import changed_outside
-from ssah.training.part import Part
+from ssah.training.part import Part, changed_outside
 from ssah.training.supervised import supervised_finetune
 from ssah.units.mask import UnitMask
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ssah.app.cluster import submit
+from ssah.app.commands import submit
 from ssah.app.notebooks import execute
 from ssah.app.study import Study, slug
 from ssah.core.errors import SsahError

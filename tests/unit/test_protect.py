@@ -18,15 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ssah
 from helpers import Interruption, save_livelier
 from ssah.app import cli
-from ssah.app.protect import demo, measure, needs
+from ssah.app.protect import demo, measure
 from ssah.app.protect.cli import check, protect
 from ssah.app.protect.measure import Losses, Measured, Rates
 from ssah.app.protect.protect import divided
-from ssah.app.protect.report import NUMBERS, PAGE
+from ssah.app.protect.report import NUMBERS, PAGE, comparison
 from ssah.app.protect.schedule import Schedule, Step, spoken
-from ssah.app.protect.subject import Sizes
+from ssah.app.protect.subject import Sizes, micro_batch, training_gb
 from ssah.app.protect.train import mixed
-from ssah.app.protect.verdicts import comparison
 from ssah.core.errors import SsahError
 from ssah.core.paths import project_root
 from ssah.core.store import Store
@@ -36,8 +35,8 @@ from ssah.data.settings import DataConfig
 from ssah.evaluate import judges
 from ssah.evaluate.judges import Completion
 from ssah.lab.config import compose
+from ssah.text.batches import scored_logits
 from ssah.text.chat import CHATML
-from ssah.text.forward import scored_logits
 from ssah.training import supervised
 
 pytestmark = pytest.mark.usefixtures("toy_verdicts")
@@ -162,11 +161,11 @@ def test_too_small_a_gpu(monkeypatch):
     llama = Sizes(6_738_000_000, 32, 4096, 11008, 32000, 4096)
     subject = SimpleNamespace(name="llama", device=torch.device("cuda"), sizes=llama)
     with pytest.raises(SsahError, match=r"6\.74 billion .* needs 11\d\.\d GB .* the GPU has 20\.0"):
-        needs.micro_batch(subject, 8, 512)
+        micro_batch(subject, 8, 512)
     smaller = SimpleNamespace(
         **vars(subject) | {"sizes": Sizes(494_000_000, 24, 896, 4864, 151_936, 4096)}
     )
-    assert needs.micro_batch(smaller, 8, 512) == 4
+    assert micro_batch(smaller, 8, 512) == 4
 
 
 def test_a_folder_with_other_files_is_left_alone(toy, chat_model):
@@ -295,7 +294,7 @@ def test_a_dry_run_trains_and_writes_nothing(toy, chat_model):
 
 
 def test_no_more_prompts_are_asked_than_bring_enough_refusals(toy, chat_model, monkeypatch):
-    def all_of_them(arm, prompts, run):
+    def all_of_them(prompts, run):
         asked.append(len(prompts))
         return [(row.prompt, "I can't help with that.") for row in prompts]
 
@@ -318,7 +317,7 @@ def test_a_kill_in_the_middle_of_training_costs_one_checkpoint(toy, chat_model, 
         if begun == list(range(7)):
             raise Interruption
 
-    monkeypatch.setattr(supervised._EachEpoch, "on_step_begin", at_step)
+    monkeypatch.setattr(supervised._Along, "on_step_begin", at_step)
     with pytest.raises(Interruption):
         run(chat_model, toy, epochs=2)
     kept = {path: path.stat().st_mtime_ns for path in (toy / "other").glob("runs/*/answers.json")}
@@ -474,9 +473,9 @@ def test_a_schedule_learns_how_long_things_take():
 
 def test_memory_is_sixteen_bytes_a_parameter_and_the_activations():
     sizes = Sizes(1_000_000_000, 2, 64, 128, 100, 512)
-    assert needs.training_gb(sizes, 0) == 16
-    assert needs.training_gb(sizes, 0, lora=8) == 4 + 16 * 8 * 2 * (11 * 64 + 3 * 128) / 1e9
-    more = needs.training_gb(sizes, 1_000_000) - 16
+    assert training_gb(sizes, 0) == 16
+    assert training_gb(sizes, 0, lora=8) == 4 + 16 * 8 * 2 * (11 * 64 + 3 * 128) / 1e9
+    more = training_gb(sizes, 1_000_000) - 16
     assert more == pytest.approx(4 * (2 * (9.1 * 64 + 4 * 128) + 300) / 1000)
 
 
@@ -497,7 +496,7 @@ def test_the_activations_are_those_that_autograd_saves(families):
         logits = scored_logits(model, ids, torch.ones_like(ids), scored)
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][scored])
     assert loss.requires_grad
-    planned = needs.training_gb(Sizes(0, 2, 64, 128, 40, 64), 64) * 1e9
+    planned = training_gb(Sizes(0, 2, 64, 128, 40, 64), 64) * 1e9
     found = sum(size for size, _ in saved.values())
     assert found < 1.1 * planned
     assert planned < 1.5 * found

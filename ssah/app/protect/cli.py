@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ...core.errors import SsahError
 from ...core.progress import show_progress
-from ..shell import call
 from .settings import DEFENCES, Settings
 
 #: Setting -> what its option says.
@@ -23,6 +25,15 @@ SAID = {
     "seed": "Of what is drawn.",
     "lora": "Train LoRA adapters of this rank, which peft loads, in the model's place.",
 }
+
+#: What memory is spent on, in a study and where a model of one's own is protected.
+BATCHES = (
+    "evaluate.batch_size and attribution.batch_size (with `ssah protect`: --batch-size and "
+    "--max-tokens)"
+)
+
+#: Of a group of commands.
+SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 COUNT = click.IntRange(min=0)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -42,19 +53,11 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
 
 def _measured(function: Callable[..., None]) -> Callable[..., None]:
     """Options of what is measured and where the report goes."""
-    for option in (
-        click.option(
-            "--show", type=COUNT, default=0, help="Completions a set to put into the report (0)."
-        ),
-        click.option(
-            "--prompts",
-            type=click.IntRange(min=8),
-            default=100,
-            help="Prompts a set, at most (100): fewer are quicker and say less.",
-        ),
-    ):
-        function = option(function)
-    return function
+    said = "Completions a set to put into the report (0)."
+    show = click.option("--show", type=COUNT, default=0, help=said)
+    said = "Prompts a set, at most (100): fewer are quicker and say less."
+    prompts = click.option("--prompts", type=click.IntRange(min=8), default=100, help=said)
+    return prompts(show(function))
 
 
 @click.command()
@@ -111,7 +114,7 @@ def _beside(model: str, what: str) -> Path:
     return Path(f"{Path(model).name}-{what}")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(commands=[protect, check, demo], context_settings=SETTINGS)
 def alone() -> None:
     """Fine-tune chat models without losing their refusals.
 
@@ -120,10 +123,48 @@ def alone() -> None:
     show_progress()
 
 
-for command in (protect, check, demo):
-    alone.add_command(command)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     return call(alone, arguments)
+
+
+def call(command: click.Command, arguments: Sequence[str] | None) -> int:
+    """Run ``ssah`` with these words, or those of the process; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sentence, status = "", 1
+    try:
+        # Called with no word at all, click takes it for a mistake.
+        return command.main(words or ["--help"], prog_name="ssah", standalone_mode=False) or 0
+    except SsahError as error:
+        sentence = str(error)
+    except click.ClickException as error:
+        sentence = f"{error.format_message()} See ssah --help."
+    except click.Abort:
+        sentence, status = "interrupted; finished stages are kept, run the same again.", 130
+    except MemoryError:
+        sentence = f"out of memory: lower {BATCHES}."
+    except Exception as error:
+        sentence = _known(error)
+        if not sentence:
+            raise
+    click.echo(f"ssah: {sentence}", err=True)
+    return status
+
+
+def _known(error: Exception) -> str:
+    """A sentence for what libraries raise where memory or disk space ends; "" for anything else."""
+    text = str(error)
+    full = ("No space left on device", "PytorchStreamWriter failed writing", "Disk quota exceeded")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        t in text for t in full
+    ):
+        return (
+            "no disk space is left: free some or point SSAH_HOME at another disk. What was "
+            "finished is kept."
+        )
+    if isinstance(error, RuntimeError) and "out of memory" in text:
+        return (
+            f"the device is out of memory: lower {BATCHES}, or use runtime.device=cpu "
+            "(CUDA_VISIBLE_DEVICES= where nothing else says it)."
+        )
+    return ""

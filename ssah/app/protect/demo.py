@@ -9,21 +9,19 @@ from ...core.paths import home
 from ...core.store import Handle, Store, digest
 from ...data.own import own_rows
 from ...evaluate import judges
-from ...evaluate.likelihood import Pair
 from ...evaluate.stats import paired_difference
 from ...lab.load import Checkpoint
 from ...scoring.find import PAPER_SHARES, roles_of
 from ...scoring.selectors import matched_by, random_rank
-from ...text.chat import encode_dialogue
+from ...text.chat import Pair, encode_dialogue
 from ...training.ablation import ablate
 from ...units.layout import UnitLayout
 from ...units.mask import UnitMask
 from . import measure as measuring
 from .measure import HARMFUL, Arm, Measured, harmful, measure, questions, spread
-from .report import Report, Verdict, interval, write_report
+from .report import FACTOR, Report, Verdict, interval, write_report
 from .schedule import Schedule, Step
 from .subject import named
-from .verdicts import FACTOR
 
 MODEL = "qwen2_5_coder"
 
@@ -49,8 +47,7 @@ def demo(out: Path, *, show: int = 0) -> Report:
     prompts = measuring.load_prompts(store)
     asked = [q for q in questions(subject, prompts, [], ASKED) if q.metric in HARMFUL]
     asked += [q for q in questions(subject, prompts, [], TEXTS) if q.metric == "texts"]
-    arms = [Arm(INTACT, subject, subject.checkpoint)]
-    (intact,) = arms
+    intact = Arm(INTACT, subject, subject.checkpoint)
     sources = {
         "harmful": spread(prompts.taught, FOUND_ON),
         "harmless": spread(own_rows("benign_instructions"), FOUND_ON),
@@ -117,7 +114,7 @@ def _verdicts(measured: dict[str, Measured]) -> list[Verdict]:
     without = paired_difference(refused[WITHOUT], refused[INTACT]).scaled(100)
     random = paired_difference(refused[RANDOM], refused[INTACT]).scaled(100)
     more = paired_difference(refused[RANDOM], refused[WITHOUT]).scaled(100)
-    ratio = measured[WITHOUT].losses("texts").against(measured[INTACT].losses("texts"))
+    ratio = measured[WITHOUT].against(measured[INTACT], "texts")
     return [
         Verdict(
             "good" if without.high < 0 and more.low > 0 else "bad",

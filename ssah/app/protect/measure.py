@@ -16,10 +16,10 @@ from ...data.settings import DataConfig
 from ...evaluate import judges
 from ...evaluate.generate import complete
 from ...evaluate.judges import Completion
-from ...evaluate.likelihood import Pair, continuation_losses
+from ...evaluate.likelihood import continuation_losses
 from ...evaluate.stats import Estimate, paired_difference, perplexity, proportion
 from ...lab.load import Checkpoint
-from ...text.chat import encode_dialogue, render_prompt
+from ...text.chat import Pair, encode_dialogue, render_prompt
 from .schedule import Schedule, Step
 from .subject import Subject
 
@@ -142,16 +142,11 @@ class Question:
     asked: tuple[Row, ...] = ()
     pairs: tuple[Pair, ...] = ()
 
-    @property
-    def title(self) -> str:
-        if self.asked:
-            return f"answers to {len(self.asked)} prompts ({self.metric})"
-        return f"perplexity of {len(self.pairs)} responses ({self.metric})"
-
     def step(self, arm: str) -> Step:
-        title = f"{arm}: {self.title}"
         if self.asked:
+            title = f"{arm}: answers to {len(self.asked)} prompts ({self.metric})"
             return Step(title, "prompt", len(self.asked))
+        title = f"{arm}: perplexity of {len(self.pairs)} responses ({self.metric})"
         return Step(title, "token", tokens_of(self.pairs))
 
     def run(self, arm: Arm) -> Handle:
@@ -183,7 +178,7 @@ class Rates:
     def estimate(self) -> Estimate:
         return proportion(self.outcomes).scaled(100)
 
-    def against(self, other: Rates) -> Estimate:
+    def against(self, other: Any) -> Estimate:
         return paired_difference(self.outcomes, other.outcomes).scaled(100)
 
 
@@ -197,7 +192,7 @@ class Losses:
     def estimate(self) -> Estimate:
         return perplexity(self.counts, self.losses)
 
-    def against(self, other: Losses) -> Estimate:
+    def against(self, other: Any) -> Estimate:
         differences = [a - b for a, b in zip(self.losses, other.losses, strict=True)]
         return perplexity(self.counts, differences)
 
@@ -213,15 +208,9 @@ class Measured:
     verdicts: Mapping[str, Mapping[str, int]]  #: by set
     completions: Mapping[str, Sequence[Completion]]  #: by set
 
-    def rates(self, metric: str) -> Rates:
-        found = self.samples[metric]
-        assert isinstance(found, Rates)
-        return found
-
-    def losses(self, metric: str) -> Losses:
-        found = self.samples[metric]
-        assert isinstance(found, Losses)
-        return found
+    def against(self, other: Measured, metric: str) -> Estimate:
+        """A paired difference in points, or a ratio of perplexities."""
+        return self.samples[metric].against(other.samples[metric])
 
 
 #: Metric -> what it is called, and what its number is.

@@ -21,28 +21,35 @@ from ...data.rows import Row
 from ...data.split import normalised
 from ...evaluate import judges
 from ...evaluate.judges import Completion
-from ...evaluate.likelihood import Pair
 from ...lab.load import Checkpoint
+from ...text.chat import Pair
 from ...units.layout import UnitLayout
 from . import measure as measuring
 from .measure import Arm, Measured, Prompts, Question, measure, questions, spread, tokens_of
-from .needs import memory_gb, micro_batch, require_disk, require_room, training_gb
-from .report import NUMBERS, Report, write_report
+from .report import NUMBERS, Report, card, comparison, write_report
 from .schedule import LEARNED, Schedule, Step, spoken
 from .settings import DEFENCES, Settings
-from .subject import Subject, in_memory, named
+from .subject import (
+    Subject,
+    in_memory,
+    memory_gb,
+    micro_batch,
+    named,
+    require_disk,
+    require_room,
+    training_gb,
+)
 from .train import (
     ADAPTER,
     PAIRS_FOR_UNITS,
+    REFUSAL_TOKENS,
     count_mixed,
     encode_refusals,
     encode_rows,
     mixed_in,
-    own_refusals,
     refusal_pairs,
     tuned,
 )
-from .verdicts import card, comparison
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -321,9 +328,9 @@ def _own_refusals(
     first = _asked_first(work)
     for prompts in (first, [row for row in work.prompts.taught if row not in first]):
         if prompts and len(found) < _needed(work):
-            run = own_refusals(before, prompts)
+            run = before.answers([row.prompt for row in prompts], REFUSAL_TOKENS)
             schedule.run(_refusals_step(prompts), run)
-            found += encode_refusals(work.subject, refusal_pairs(before, prompts, run))
+            found += encode_refusals(work.subject, refusal_pairs(prompts, run))
             keys.append(run.key)
     return found, tuple(keys)
 

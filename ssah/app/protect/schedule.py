@@ -40,27 +40,17 @@ class Schedule:
         self.speed: dict[Kind, float] = {}  #: seconds a unit
 
     def run(self, step: Step, run: Handle) -> None:
-        """Build this step's run, where it is not there."""
-        number = self.count - len(self.left) + 1
+        """Build this step's run, where it is not there; how long it took tells of others."""
         if not run.has():
-            left = self.seconds()
-            if not self.left:  # a first look, which tells how long the steps will take
-                logger.info("First look: %s", step.title)
-            elif left:
-                logger.info(
-                    "%d of %d: %s (about %s left)", number, self.count, step.title, spoken(left)
-                )
-            else:
-                logger.info("%d of %d: %s", number, self.count, step.title)
+            left = self.seconds()  # 0 in a first look, which tells how long the steps will take
+            place = f"{self.count - len(self.left) + 1} of {self.count}"
+            about = f" (about {spoken(left)} left)" if left else ""
+            logger.info("%s: %s%s", place if self.left else "First look", step.title, about)
         run.path("")
-        self.learn(step, run)
-        self.left = [later for later in self.left if later.title != step.title]
-
-    def learn(self, step: Step, run: Handle) -> None:
-        """How long such steps take, off a run that is there."""
         record = run.store.record(run.folder)
         if record is not None and step.size:
             self.speed[step.kind] = record["seconds"] / step.size
+        self.left = [later for later in self.left if later.title != step.title]
 
     def seconds(self) -> float:
         """What is left takes, as far as it is known; 0 where nothing is."""

@@ -20,11 +20,9 @@ from ...data.dialogues import Dialogue
 from ...data.rows import Row
 from ...evaluate import judges
 from ...evaluate.judges import Completion
-from ...evaluate.likelihood import Pair
-from ...text.chat import encode, encode_dialogue
+from ...text.chat import Pair, encode, encode_dialogue
 from ...training.lora import adapters, save_adapters
 from ...training.settings import TrainingConfig
-from .measure import Arm
 from .settings import Settings
 from .subject import Subject
 
@@ -63,13 +61,8 @@ def encode_rows(
     return pairs, cut
 
 
-def own_refusals(arm: Arm, prompts: Sequence[Row]) -> Handle:
-    """Its answers to harmful prompts that are never measured; :func:`refusal_pairs` reads them."""
-    return arm.answers([row.prompt for row in prompts], REFUSAL_TOKENS)
-
-
-def refusal_pairs(arm: Arm, prompts: Sequence[Row], run: Handle) -> list[tuple[str, str]]:
-    """Those of these answers that are refusals, as (prompt, response)."""
+def refusal_pairs(prompts: Sequence[Row], run: Handle) -> list[tuple[str, str]]:
+    """Those of a model's answers to harmful prompts that are refusals, as (prompt, response)."""
     said = run.json("answers.json")
     return [
         (row.prompt, text)
@@ -138,60 +131,49 @@ def tuned(
     }
 
     def build(folder: Path) -> None:
-        _train(subject, folder, taught, rows, refusals, settings, micro_batch_size)
+        from ...training.supervised import save_model, supervised_finetune
+
+        begin = time.monotonic()
+        seed_everything(settings.seed)  # adapters begin with random factors
+        model = subject.load(subject.checkpoint)
+        config = TrainingConfig(
+            epochs=settings.epochs,
+            learning_rate=settings.rate,
+            batch_size=settings.batch_size,
+            micro_batch_size=micro_batch_size,
+        )
+        steps = settings.epochs * -(-len(taught) // settings.batch_size)
+        every = max(steps // CHECKPOINTS, 1)
+        part: AbstractContextManager[Any] = nullcontext()
+        frozen = 0.0
+        if settings.freezes:
+            part, frozen = _frozen(model, rows, refusals)
+        elif settings.lora is not None:
+            part = adapters(model, settings.lora)
+        with part:
+            record = supervised_finetune(
+                model, taught, config, settings.seed, folder, save_steps=every
+            )
+            if settings.lora is not None:
+                save_adapters(model, folder / ADAPTER, subject.name)
+                subject.tokenizer.save_pretrained(folder / ADAPTER)
+        torch.nn.Module.to(model, subject.saved_in)
+        save_model(model, folder)
+        subject.tokenizer.save_pretrained(folder)
+        done = {
+            **dataclasses.asdict(record),
+            "rows": len(rows),
+            "mixed_in": len(taught) - len(rows),
+            "different_refusals": len(refusals),
+            "frozen_share": frozen,
+            "seconds": round(time.monotonic() - begin, 1),
+            "peak_gb": round(_peak_gb(subject), 2),
+        }
+        (folder / "training.json").write_text(json.dumps(done))
 
     name = subject.config.name
     stage = f"protected_{settings.defence}"
     return Handle(subject.store, stage, name, key, build, inputs, resumable=True)
-
-
-def _train(
-    subject: Subject,
-    folder: Path,
-    taught: Sequence[Pair],
-    rows: Sequence[Pair],
-    refusals: Sequence[Pair],
-    settings: Settings,
-    micro_batch_size: int,
-) -> None:
-    from ...training.supervised import save_model, supervised_finetune
-
-    begin = time.monotonic()
-    seed_everything(settings.seed)  # adapters begin with random factors
-    model = subject.load(subject.checkpoint)
-    config = TrainingConfig(
-        epochs=settings.epochs,
-        learning_rate=settings.rate,
-        batch_size=settings.batch_size,
-        micro_batch_size=micro_batch_size,
-    )
-    steps = settings.epochs * -(-len(taught) // settings.batch_size)
-    part: AbstractContextManager[Any] = nullcontext()
-    frozen = 0.0
-    if settings.freezes:
-        part, frozen = _frozen(model, rows, refusals)
-    elif settings.lora is not None:
-        part = adapters(model, settings.lora)
-    with part:
-        record = supervised_finetune(
-            model, taught, config, settings.seed, folder, save_steps=max(steps // CHECKPOINTS, 1)
-        )
-        if settings.lora is not None:
-            save_adapters(model, folder / ADAPTER, subject.name)
-            subject.tokenizer.save_pretrained(folder / ADAPTER)
-    torch.nn.Module.to(model, subject.saved_in)
-    save_model(model, folder)
-    subject.tokenizer.save_pretrained(folder)
-    done = {
-        **dataclasses.asdict(record),
-        "rows": len(rows),
-        "mixed_in": len(taught) - len(rows),
-        "different_refusals": len(refusals),
-        "frozen_share": frozen,
-        "seconds": round(time.monotonic() - begin, 1),
-        "peak_gb": round(_peak_gb(subject), 2),
-    }
-    (folder / "training.json").write_text(json.dumps(done))
 
 
 def _frozen(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...core.errors import SsahError
 from ...core.store import Handle
-from ...data.refusals import compose_refusal
+from ...data.own import compose_refusal
 from ...data.rows import Row
 from ...evaluate import judges, refusals
 from ...evaluate.judges import Completion, attack_success
