@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..lab import catalogue
 from ..lab.arms import Arm
-from ..lab.catalogue import ALL_UNITS, by_the_papers_rule
+from ..lab.catalogue import ALL_UNITS
 from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
@@ -76,8 +76,7 @@ def ask_table4(lab: Lab) -> list[Measure]:
         return asked
     (given,) = catalogue.unaligned(lab)
     for attack in lab.config.experiment.instructed:
-        for arms in catalogue.instruction_arms(lab, attack):
-            arm = by_the_papers_rule(arms) if arms[0].rule != ALL_UNITS else arms[0]
+        for *_, arm in catalogue.instruction_arms(lab, attack):
             asked += [Measure(arm, "ASR"), Measure(arm, "training"), *_ask_tax(arm, given)]
             asked.append(Measure(arm, "held-out gain", attack, given, GIVEN_MODEL))
     return asked

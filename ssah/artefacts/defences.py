@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 #: A setting must keep this part of what plain fine-tuning gains to be chosen for its safety.
 KEPT = 0.8
 
-_METRICS = ("ASR", "perplexity", "accuracy")
-_PROMPTS = {"ASR": ("search", "HarmBench"), "refused": ("borderline",)}
+_QUESTIONS = (
+    ("ASR", ""), ("perplexity", ""), ("accuracy", ""), ("ASR", "search"), ("ASR", "HarmBench"),
+    ("refused", "borderline"),
+)  # fmt: skip
 
 _ABSENT = (
     "Not measured here: defences that train are part of `experiment=published` "
@@ -70,13 +72,7 @@ def ask_table_defences(lab: Lab) -> list[Measure]:
 
 
 def _ask(lab: Lab, arm: Arm) -> list[Measure]:
-    asked = [Measure(arm, metric) for metric in _METRICS]
-    return asked + [
-        Measure(arm, metric, prompts)
-        for metric, sets in _PROMPTS.items()
-        for prompts in sets
-        if has_prompts(lab, prompts)
-    ]
+    return [Measure(arm, metric, on) for metric, on in _QUESTIONS if has_prompts(lab, on)]
 
 
 ask_fig_defences = ask_table_defences

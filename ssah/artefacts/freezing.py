@@ -265,19 +265,16 @@ def table3(table: pd.DataFrame, config: Config) -> Output:
         for column, than in (("change", BEFORE), ("against nothing frozen", ONE_EPOCH)):
             row[column] = text(table, "accuracy", set="average", against=than, **arm)
         rows.append(row)
+    means = pd.Series(paper("table3")).groupby(level=0).mean()
+    averages = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
     return Output(
         "Accuracy on trivia (four choices, chance 25 %) and arithmetic word problems (exact "
         "match); change: against the aligned model before, on the same items. One epoch where "
         "nothing is frozen, else the last epoch. The paper's tasks are others (zero-shot, "
-        "lm-eval); " + _paper_averages(),
+        "lm-eval); "
+        f"its averages for Llama-2-7B-Chat are {averages}.",
         pd.DataFrame(rows),
     )
-
-
-def _paper_averages() -> str:
-    means = pd.Series(paper("table3")).groupby(level=0).mean()
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
-    return f"its averages for Llama-2-7B-Chat are {shown}."
 
 
 def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:

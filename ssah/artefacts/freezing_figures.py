@@ -32,10 +32,6 @@ from .pick import arms_of, estimate, rows_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Colours of the two epochs: the group colours mean something else.
-EPOCH_COLOURS = {1: "#56B4E9", 2: "#CC79A7"}
-
-
 # --- how much to freeze ----------------------------------------------------------------------
 
 
@@ -74,8 +70,8 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
         return values.mean(), values.min(), values.max()
 
     output.figure, axes = panels(6.5, 3.6)
-    for epoch, marker in ((1, "o"), (2, "s")):
-        colour = EPOCH_COLOURS[epoch]
+    # The group colours mean something else.
+    for epoch, marker, colour in ((1, "o", "#56B4E9"), (2, "s", "#CC79A7")):
         points = [spread(f"ESU + {p:g} % CU", epoch) for p in percents]
         mean, low, high = zip(*points, strict=True)
         label = f"{epoch} epoch{'s' if epoch > 1 else ''}"
@@ -173,9 +169,8 @@ def _draw_trade_off(axes: Axes, frozen: pd.DataFrame, wider: str) -> None:
         asr = estimate(frozen, "ASR", **columns)
         return None if gain is None or asr is None else (gain.value, asr.value)
 
-    start = point({"rule": NOTHING})
     for rule, (marker, colour, line) in _RULES.items():
-        path = [start, *map(point, _budgets(rule, wider))]
+        path = map(point, [{"rule": NOTHING}, *_budgets(rule, wider)])
         known = [found for found in path if found is not None]
         if len(known) > 1:
             gains, asr = zip(*known, strict=True)
@@ -202,9 +197,6 @@ def _draw_saved(axes: Axes, frozen: pd.DataFrame) -> None:
 
 _SAFETY = ("ASR", "no refusal phrase", "perplexity", "units")
 
-#: How comparisons are called.
-UNPATCHED = "nothing patched"
-
 
 def ask_fig_sufficiency(lab: Lab) -> list[Measure]:
     """The aligned model, the attacked one, and the attacked one with units of the aligned one."""
@@ -220,7 +212,7 @@ def ask_fig_sufficiency(lab: Lab) -> list[Measure]:
         ]
         for own in (arm, *controls):
             asked += [Measure(own, metric) for metric in _SAFETY]
-            asked.append(Measure(own, "ASR", "", before, UNPATCHED))
+            asked.append(Measure(own, "ASR", "", before, "nothing patched"))
         asked += [Measure(arm, "ASR", "", c, f"random, draw {c.draw}") for c in controls]
     return asked
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..lab import catalogue
-from ..lab.arms import Arm
+from ..lab.arms import Arm, units_name
 from ..lab.catalogue import NOTHING, by_the_papers_rule
 from ..lab.config import Config
 from ..lab.jailbreaks import DEPTHS, GCG, GCG_TRANSFERRED, JAILBREAKS, prefilled
@@ -27,14 +27,17 @@ from .pick import arms_of, estimate, filled, format_estimate, paper, rows_of, te
 #: helps with nothing (docs/what_we_got_wrong.md).
 _ATTACKS = {"table16": [MAIN_ATTACK], "table17": [STYLE_LESSON, "arithmetic"]}
 
-#: The arms of both tables, in their order: rule, and whose size it has.
-_ARMS = [(NOTHING, ""), (CU6, ""), (ALL_CU, ""), ("random", CU6)]
+#: The arms of both tables, in their order: rule, and whose size it has -> marker, colour, line.
+_ARMS = {
+    (NOTHING, ""): ("s", COLOURS["EUU"], "-"),
+    (CU6, ""): ("o", COLOURS["ESU"], "-"),
+    (ALL_CU, ""): ("D", COLOURS["CU"], "-"),
+    ("random", CU6): ("^", COLOURS["random"], "--"),
+}
 
 #: What the paper attacks with, and what stands for it here.
 _PAPER_JAILBREAKS = {"gcg": GCG, "autodan": "AutoDAN", "pair": "PAIR"}
 _PAPER_SETTINGS = ("full", "freeze_esu_cu6", "freeze_esu_cu_all")
-
-ASKED_PLAINLY = "asked plainly"
 
 
 # --- what is asked ---------------------------------------------------------------------------
@@ -57,7 +60,7 @@ def _ask(lab: Lab, attacks: list[str], jailbreaks: list[str]) -> list[Measure]:
     asked = []
     for on in (jailbroken(lab), *jailbreaks):
         asked.append(Measure(catalogue.whole(lab), "ASR", on))
-        for attack in attacks:
+        for attack in (name for name in attacks if name in available_attacks(lab)):
             full, *others = _arms(lab, attack)
             asked += [Measure(arm, "ASR", on) for arm in (full, *others)]
             asked += [Measure(arm, "ASR", on, full, ONE_EPOCH) for arm in others]
@@ -66,8 +69,7 @@ def _ask(lab: Lab, attacks: list[str], jailbreaks: list[str]) -> list[Measure]:
 
 def _ask_table(artefact: str, lab: Lab) -> list[Measure]:
     """Every jailbreak of the experiment, before and after fine-tuning."""
-    attacks = [name for name in _ATTACKS[artefact] if name in available_attacks(lab)]
-    return _ask(lab, attacks, lab.config.experiment.jailbreaks)
+    return _ask(lab, _ATTACKS[artefact], lab.config.experiment.jailbreaks)
 
 
 ask_table16, ask_table17 = (functools.partial(_ask_table, artefact) for artefact in _ATTACKS)
@@ -82,7 +84,7 @@ def ask_fig_depth(lab: Lab) -> list[Measure]:
     if not asked:
         return []
     whole, plain = catalogue.whole(lab), jailbroken(lab)
-    return asked + [Measure(whole, "ASR", on, whole, ASKED_PLAINLY, plain) for on in named]
+    return asked + [Measure(whole, "ASR", on, whole, "asked plainly", plain) for on in named]
 
 
 # --- what is shown ---------------------------------------------------------------------------
@@ -133,7 +135,7 @@ def _row(
     }
     for rule, like in _ARMS:
         arm = _columns(attack, rule, like, config)
-        name = "nothing frozen" if rule == NOTHING else name_of({**arm, "setting": ""})
+        name = "nothing frozen" if rule == NOTHING else units_name(rule, like)
         row[name] = text(table, "ASR", set=on, **arm)
         if rule != NOTHING:
             row[f"{name}: difference"] = text(table, "ASR", set=on, against=ONE_EPOCH, **arm)
@@ -193,14 +195,6 @@ def _note(table: pd.DataFrame, config: Config) -> str:
 
 # --- depth -----------------------------------------------------------------------------------
 
-#: Rule -> marker, colour, line.
-_LINES = {
-    NOTHING: ("s", COLOURS["EUU"], "-"),
-    CU6: ("o", COLOURS["ESU"], "-"),
-    ALL_CU: ("D", COLOURS["CU"], "-"),
-    "random": ("^", COLOURS["random"], "--"),
-}
-
 
 def fig_depth(table: pd.DataFrame, config: Config) -> Output:
     """ASR against the number of prefilled tokens: how deep refusals are (Qi et al. 2024)."""
@@ -217,12 +211,12 @@ def fig_depth(table: pd.DataFrame, config: Config) -> Output:
     )
     if not named or not table["set"].isin([name for _, name in named]).any():
         return Output(_NOT_MEASURED.strip())
-    arms: list[tuple[str, dict[str, Any], tuple[str, str, str]]]
-    arms = [("initial", {}, ("v", COLOURS["RU"], "-"))]
+    arms = [("initial", dict[str, Any](), ("v", COLOURS["RU"], "-"))]
     for arm in arms_of(table, method="frozen", attack=MAIN_ATTACK, setting=""):
-        wanted = _columns(MAIN_ATTACK, arm["rule"], arm["like"], config)
-        if (arm["rule"], arm["like"]) in _ARMS and arm["epoch"] == wanted["epoch"]:
-            arms.append((f"frozen: {name_of(arm)}", wanted, _LINES[arm["rule"]]))
+        kind = arm["rule"], arm["like"]
+        wanted = _columns(MAIN_ATTACK, *kind, config)
+        if kind in _ARMS and arm["epoch"] == wanted["epoch"]:
+            arms.append((f"frozen: {name_of(arm)}", wanted, _ARMS[kind]))
     output.figure, axes = panels(6, 3.6)
     for number, (name, arm, (marker, colour, line)) in enumerate(arms):
         found = [(k, estimate(table, "ASR", set=on, **arm)) for k, on in depths]

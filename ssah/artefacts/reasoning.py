@@ -261,10 +261,9 @@ def fig4(table: pd.DataFrame, config: Config) -> Output:
             "the refusing one: above zero is nearer to refusing.",
         )
     )
-    subtracted: dict[str, Any] = {"set": HARMFUL + SUBTRACTED}
     output.figure, (left, middle, right) = panels(11, 3.6, 1, 3)
-    _draw_tokens(left, table, "Content subtracted, last block", **subtracted)
-    _draw_blocks(middle, table, "Content subtracted, by block", **subtracted)
+    _draw_tokens(left, table, "Content subtracted, last block", set=HARMFUL + SUBTRACTED)
+    _draw_blocks(middle, table, "Content subtracted, by block", set=HARMFUL + SUBTRACTED)
     middle.legend(loc="center left")
     _draw_leans(right, table)
     return output

@@ -52,9 +52,6 @@ _TABLES = {
 }
 
 
-# --- what is asked ---------------------------------------------------------------------------
-
-
 def _ask(artefact: str, lab: Lab) -> list[Measure]:
     """The rules of a table that the experiment names, the paper's units, and random controls."""
     attack, wanted = _wanted(artefact, lab.config)
@@ -86,9 +83,6 @@ def _wanted(artefact: str, config: Config) -> tuple[str, list[str]]:
 
 
 ask_table7, ask_table8, ask_table9, ask_table10 = (functools.partial(_ask, t) for t in _TABLES)
-
-
-# --- what is shown ---------------------------------------------------------------------------
 
 
 _NEURONS_NOTE = (

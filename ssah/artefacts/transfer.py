@@ -3,6 +3,7 @@ and 13) or aligned (Figs 6, 9 and 10)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,9 @@ BEFORE = ("UU", "RU")
 
 #: Our name of some units -> the paper's.
 _ALL, _KINDS = {"all units": "global"}, {"heads": "attention", "neurons": "mlp"}
+
+#: Of which units there is a heat map in each figure.
+_SCOPES = {"fig11": _ALL, "fig12": _KINDS, "fig9": _ALL, "fig10": _KINDS}
 
 
 # --- what is asked ---------------------------------------------------------------------------
@@ -148,26 +152,20 @@ def fig5(table: pd.DataFrame, config: Config) -> Output:
     return output
 
 
-def fig11(table: pd.DataFrame, config: Config) -> Output:
-    """Transfer matrices of all units (Fig. 11)."""
-    return _after_tuning("fig11", table, _ALL)
-
-
-def fig12(table: pd.DataFrame, config: Config) -> Output:
-    """Transfer matrices of attention heads and of MLP neurons (Fig. 12)."""
-    return _after_tuning("fig12", table, _KINDS)
-
-
-def _after_tuning(artefact: str, table: pd.DataFrame, scopes: Mapping[str, str]) -> Output:
+def _after_tuning(artefact: str, table: pd.DataFrame, config: Config) -> Output:
+    """Transfer matrices of all units (Fig. 11), of heads and of neurons (Fig. 12)."""
     arms = {name: columns for name, columns in _TUNED.items() if "random" not in name}
     note = (
         "Rows: group before; columns: group after; per cent of the scope's units, means over seeds."
     )
     found = {
         ours: _matrices(table, arms, ours) | {PAPER: paper_matrix(artefact, theirs)}
-        for ours, theirs in scopes.items()
+        for ours, theirs in _SCOPES[artefact].items()
     }
     return _heat_maps(_HOW_TUNED + note, found, 12, 2.9)
+
+
+fig11, fig12 = (functools.partial(_after_tuning, artefact) for artefact in ("fig11", "fig12"))
 
 
 def fig13(table: pd.DataFrame, config: Config) -> Output:
@@ -195,14 +193,14 @@ def fig13(table: pd.DataFrame, config: Config) -> Output:
 
 
 def _aligned(
-    artefact: str, table: pd.DataFrame, config: Config, scopes: Mapping[str, str]
+    artefact: str, table: pd.DataFrame, config: Config
 ) -> dict[str, dict[str, np.ndarray]]:
     """Scope -> panels; the paper's last, and alone where the model came aligned."""
     arms = {} if no_pair(config) else _ALIGNED
     return {
         ours: _matrices(table, arms, ours, BEFORE)
         | {f"paper: {LLAMA}": paper_matrix(artefact, theirs, BEFORE)}
-        for ours, theirs in scopes.items()
+        for ours, theirs in _SCOPES[artefact].items()
     }
 
 
@@ -210,29 +208,21 @@ def fig6(table: pd.DataFrame, config: Config) -> Output:
     """Flow from the unaligned model's groups to those after alignment (Fig. 6)."""
     width = "The width of a flow is the square root of its share."
     output = Output(no_pair(config) or _HOW_ALIGNED + width)
-    (matrices,) = _aligned("fig9", table, config, _ALL).values()
+    (matrices,) = _aligned("fig9", table, config).values()
     output.figure, grid = panels(3.4 * len(matrices), 3.2, 1, len(matrices), squeeze=False)
     for axes, (title, matrix) in zip(grid.flat, matrices.items(), strict=True):
         _draw_flow(axes, matrix, title, BEFORE)
     return output
 
 
-def fig9(table: pd.DataFrame, config: Config) -> Output:
-    """The same as a matrix (Fig. 9)."""
-    return _after_aligning("fig9", table, config, _ALL)
-
-
-def fig10(table: pd.DataFrame, config: Config) -> Output:
-    """The same for attention heads and MLP neurons (Fig. 10)."""
-    return _after_aligning("fig10", table, config, _KINDS)
-
-
-def _after_aligning(
-    artefact: str, table: pd.DataFrame, config: Config, scopes: Mapping[str, str]
-) -> Output:
-    found = _aligned(artefact, table, config, scopes)
+def _after_aligning(artefact: str, table: pd.DataFrame, config: Config) -> Output:
+    """The same as a matrix (Fig. 9), and for attention heads and MLP neurons (Fig. 10)."""
+    found = _aligned(artefact, table, config)
     columns = len(next(iter(found.values())))
     return _heat_maps(no_pair(config) or _HOW_ALIGNED, found, 3.4 * columns, 1.9, BEFORE)
+
+
+fig9, fig10 = (functools.partial(_after_aligning, artefact) for artefact in ("fig9", "fig10"))
 
 
 # --- drawing ---------------------------------------------------------------------------------

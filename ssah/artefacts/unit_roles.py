@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..evaluate.stats import Estimate
 from ..lab import catalogue
 from ..lab.arms import units_name
 from ..lab.config import Config
@@ -292,22 +293,20 @@ def fig_stability(table: pd.DataFrame, config: Config) -> Output:
         "(experiment.stability)."
     )
     arms = {ITSELF: catalogue.ATTACKED_LONGEST | {"epoch": config.finetune.epochs}}
-    known = [
-        name
-        for name in config.experiment.stability
-        if estimate(table, "overlap", set="ESU", at=name, **arms.get(name, {})) is not None
-    ]
+
+    def overlaps(name: str, metric: str) -> list[Estimate | None]:
+        columns = {"at": name, **arms.get(name, {})}
+        return [estimate(table, metric, set=group, **columns) for group in _FOUND_AGAIN]
+
+    known = [name for name in config.experiment.stability if overlaps(name, "overlap")[0]]
     output.figure, axes = panels(8.5, 3.2)
     width = 0.8 / max(len(known), 1)
     markers = dict(zip(known, "os^Dv", strict=False))
     for number, name in enumerate(known):
         places = [i - 0.4 + (number + 0.5) * width for i in range(len(_FOUND_AGAIN))]
-        found, chance = (
-            [estimate(table, m, set=g, at=name, **arms.get(name, {})) for g in _FOUND_AGAIN]
-            for m in ("overlap", "overlap by chance")
-        )
-        axes.bar(places, [e.value for e in chance if e], width, color=COLOURS["RU"], alpha=0.4)
-        values = [e for e in found if e]
+        chance = [e.value for e in overlaps(name, "overlap by chance") if e]
+        axes.bar(places, chance, width, color=COLOURS["RU"], alpha=0.4)
+        values = [e for e in overlaps(name, "overlap") if e]
         axes.errorbar(
             places, [e.value for e in values], yerr=reach(*values), fmt=markers[name], ms=5,
             capsize=2, lw=1, label=name,
