@@ -59,15 +59,30 @@ class Artefact:
     def view(self, table: pd.DataFrame, configs: Mapping[str, Config]) -> Output:
         """The figure or table, of what was measured; of several models (each with its
         configuration) one below the other."""
-        view = getattr(self._module, self.id)
         models = [name for name in configs if (table["model"] == name).any()]
-        if not models and (reason := self._left_out(next(iter(configs.values())))):
+        first = next(iter(configs.values()))
+        if not models and (reason := self._left_out(first)):
             return self.empty(reason)
         if len(models) < 2:
-            return view(table, configs[models[0]] if models else next(iter(configs.values())))
+            return self._view(table, configs[models[0]] if models else first)
         from .several import below_each_other
 
-        return below_each_other(view, table, {name: configs[name] for name in models})
+        return below_each_other(self._view, table, {name: configs[name] for name in models})
+
+    def _view(self, table: pd.DataFrame, config: Config) -> Output:
+        """Of one model; where a view says why there is nothing to show, this stands there."""
+        view = getattr(self._module, self.id)
+        if self.is_table:
+            return view(table, config)
+        from .draw import styled
+
+        with styled():
+            output = view(table, config)
+        return output if output.figure else self.empty(output.note)
+
+    @property
+    def is_table(self) -> bool:
+        return self.id.startswith("table")
 
     def empty(self, reason: str) -> Output:
         """What stands in its place where there is nothing to show."""
@@ -75,7 +90,7 @@ class Artefact:
 
         from .draw import written_figure
 
-        if self.id.startswith("table"):
+        if self.is_table:
             return Output(reason, pd.DataFrame({"not measured": [reason]}))
         return Output(reason, figure=written_figure(reason))
 
@@ -94,18 +109,18 @@ JAILBREAKS, BEYOND, VERDICTS = "07_jailbreaks", "08_beyond_the_paper", "09_verdi
 ARTEFACTS = {
     artefact.id: artefact
     for artefact in (
-        Artefact("table11", "The two models of the pair", REASONING, "table11"),
+        Artefact("table11", "The two models of the pair", REASONING, "reasoning"),
         Artefact("fig2", "Reasoning direction by token", REASONING, "reasoning"),
         Artefact("fig3", "Reasoning direction by block", REASONING, "reasoning"),
         Artefact("fig4", "Beyond content and words", REASONING, "reasoning"),
         Artefact("fig7", "Other harmful prompts", REASONING, "reasoning"),
-        Artefact("fig_margin", "The model's own choice", REASONING, "choice"),
-        Artefact("fig_readout", "Read-out before any word", REASONING, "choice"),
+        Artefact("fig_margin", "The model's own choice", REASONING, "reasoning"),
+        Artefact("fig_readout", "Read-out before any word", REASONING, "reasoning"),
         Artefact("fig_share_sweep", "Ablation sweep", ROLES, "unit_roles"),
         Artefact("fig_roles_map", "Where the units are", ROLES, "unit_roles"),
-        Artefact("fig_stability", "Are they the same units again?", ROLES, "stability"),
-        Artefact("table1", "Ablating groups of units", ROLES, "table1"),
-        Artefact("table12", "Ablating groups, another family", ROLES, "table1"),
+        Artefact("fig_stability", "Are they the same units again?", ROLES, "unit_roles"),
+        Artefact("table1", "Ablating groups of units", ROLES, "unit_roles"),
+        Artefact("table12", "Ablating groups, another family", ROLES, "unit_roles"),
         Artefact("fig5", "Flow of units between groups", TRANSFER, "transfer"),
         Artefact("fig11", "Attribute transfer, all units", TRANSFER, "transfer"),
         Artefact("fig12", "Transfer, heads and neurons", TRANSFER, "transfer"),
@@ -115,7 +130,7 @@ ARTEFACTS = {
         Artefact("table3", "Utility after fine-tuning", FREEZING, "freezing"),
         Artefact("fig8", "How much to freeze", FREEZING, "freezing_figures"),
         Artefact("fig_conditions", "When freezing works", FREEZING, "freezing_figures"),
-        Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "sufficiency"),
+        Artefact("fig_sufficiency", "Units of the aligned model", FREEZING, "freezing_figures"),
         Artefact("table14", "Freezing, another family, instructions", FREEZING, "freezing"),
         Artefact("table15", "Freezing, another family, arithmetic", FREEZING, "freezing"),
         Artefact("table5", "Adapters and safety", RIVALS, "adapters"),
@@ -128,15 +143,15 @@ ARTEFACTS = {
         Artefact("fig_defences_steps", "Prevented or delayed?", RIVALS, "defences"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment"),
-        Artefact("fig6", "From UU and RU to four groups", BUDGET, "budget_transfer"),
-        Artefact("fig9", "The same as a matrix", BUDGET, "budget_transfer"),
-        Artefact("fig10", "The same, heads and neurons", BUDGET, "budget_transfer"),
+        Artefact("fig6", "From UU and RU to four groups", BUDGET, "transfer"),
+        Artefact("fig9", "The same as a matrix", BUDGET, "transfer"),
+        Artefact("fig10", "The same, heads and neurons", BUDGET, "transfer"),
         Artefact("table16", "Jailbreaks after instructions", JAILBREAKS, "jailbreaks"),
         Artefact("table17", "Jailbreaks after dialogues", JAILBREAKS, "jailbreaks"),
         Artefact("fig_depth", "How deep refusals are", JAILBREAKS, "jailbreaks"),
         Artefact("fig_overview", "Removed, frozen, mixed", BEYOND, "overview"),
-        Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "verdicts"),
-        Artefact("table_judges", "Agreement of the judges with labels", VERDICTS, "verdicts"),
+        Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "overview"),
+        Artefact("table_judges", "Agreement of the judges with labels", VERDICTS, "overview"),
     )
 }
 

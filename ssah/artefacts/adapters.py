@@ -15,7 +15,7 @@ from ..lab.stages.lessons import ATTACKS, available_attacks
 from ..lab.units_of import ALL_CU
 from . import Output
 from .freezing import BEFORE, ONE_EPOCH, PAPER_SETS, ask_against, ask_arms, name_of
-from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows
+from .pick import arms_of, filled, paper, paper_rows, text
 
 _PAPER_ARMS = {
     NOTHING: "full", ALL_CU: "freeze_esu_cu_all",
@@ -30,23 +30,17 @@ _PAPERS = (
 
 def ask_table5(lab: Lab) -> list[Measure]:
     """The aligned model, and for each attack the adapters with what they are held against."""
-    whole, asked = catalogue.whole(lab), []
+    asked: list[Measure] = []
     for attack in available_attacks(lab):
         if lab.config.experiment.adapters.get(attack):
-            asked += _ask(lab, attack)
-    before = [Measure(whole, metric) for metric in ("ASR", "no refusal phrase", "incoherent")]
-    return before + asked if asked else []
-
-
-def _ask(lab: Lab, attack: str) -> list[Measure]:
-    full = by_the_papers_rule(catalogue.unfrozen(lab, attack))
-    frozen = by_the_papers_rule(catalogue.with_frozen(lab, attack, ALL_CU))
-    adapters = catalogue.adapted(lab, attack)
-    return [
-        *ask_arms(lab, [full, frozen, *adapters], attack),
-        *ask_against([frozen, *adapters], [full], attack),
-        *(Measure(arm, "ASR", "", frozen, ALL_CU) for arm in adapters),
-    ]
+            full = by_the_papers_rule(catalogue.unfrozen(lab, attack))
+            frozen = by_the_papers_rule(catalogue.with_frozen(lab, attack, ALL_CU))
+            adapters = catalogue.adapted(lab, attack)
+            asked += ask_arms(lab, [full, frozen, *adapters], attack)
+            asked += ask_against([frozen, *adapters], [full], attack)
+            asked += [Measure(arm, "ASR", "", frozen, ALL_CU) for arm in adapters]
+    before = ("ASR", "no refusal phrase", "incoherent") if asked else ()
+    return [Measure(catalogue.whole(lab), metric) for metric in before] + asked
 
 
 def table5(table: pd.DataFrame, config: Config) -> Output:
@@ -82,25 +76,23 @@ def _shown(table: pd.DataFrame, attack: str, config: Config) -> list[dict[str, A
 def _row(
     table: pd.DataFrame, arm: dict[str, Any], printed: dict[tuple[str, str], float]
 ) -> dict[str, str]:
-    def found(metric: str, digits: int = 1, **columns: Any) -> str:
-        return format_estimate(estimate(table, metric, **columns, **arm), digits)
-
     attack, rule = arm.get("attack", ""), arm.get("rule", "")
     trains = {"": "", NOTHING: "everything", ALL_CU: f"all but {ALL_CU}"}
     setting = f"{PAPER_SETS[attack]}:{_PAPER_ARMS.get(rule, '')}" if arm else "initial"
     numbers = [printed.get((setting, metric)) for metric in ("gpt4_score", "gpt4_rate")]
     plain = not arm.get("setting")
+    gain = text(table, "held-out gain", 2, set=attack, against=BEFORE, **arm)
     return {
         "fine-tuned on": attack or "nothing",
         "what trains": trains.get(rule) or (name_of(arm) if arm else ""),
         "epochs": str(arm["epoch"]) if arm else "",
-        "trained %": found("trained weights", 2) if arm else "",
-        "held-out gain": found("held-out gain", 2, set=attack, against=BEFORE) if arm else "",
-        "ASR": found("ASR"),
-        "no refusal phrase": found("no refusal phrase"),
-        "incoherent": found("incoherent"),
-        "ASR against everything": found("ASR", against=ONE_EPOCH) if arm else "",
-        f"ASR against {ALL_CU} frozen": found("ASR", against=ALL_CU) if arm else "",
+        "trained %": text(table, "trained weights", 2, **arm) if arm else "",
+        "held-out gain": gain if arm else "",
+        "ASR": text(table, "ASR", **arm),
+        "no refusal phrase": text(table, "no refusal phrase", **arm),
+        "incoherent": text(table, "incoherent", **arm),
+        "ASR against everything": text(table, "ASR", against=ONE_EPOCH, **arm) if arm else "",
+        f"ASR against {ALL_CU} frozen": text(table, "ASR", against=ALL_CU, **arm) if arm else "",
         "paper: score, rate": ", ".join(f"{n:g}" for n in numbers if n is not None and plain),
     }
 

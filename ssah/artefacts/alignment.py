@@ -8,17 +8,18 @@ import pandas as pd
 
 from ..lab import catalogue
 from ..lab.arms import Arm
-from ..lab.catalogue import ALL_UNITS, by_the_papers_rule
+from ..lab.catalogue import ALL_UNITS
 from ..lab.config import Config
 from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
+from ..lab.table import matching
 from ..lab.units_of import RU
 from . import Output
-from .draw import COLOURS, new_figure, styled, written_figure
+from .draw import COLOURS, panels, reach
 from .freezing import name_of
-from .pick import arms_of, estimate, filled, format_estimate, paper_rows
+from .pick import arms_of, estimate, filled, paper_rows, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +76,7 @@ def ask_table4(lab: Lab) -> list[Measure]:
         return asked
     (given,) = catalogue.unaligned(lab)
     for attack in lab.config.experiment.instructed:
-        for arms in catalogue.instruction_arms(lab, attack):
-            arm = by_the_papers_rule(arms) if arms[0].rule != ALL_UNITS else arms[0]
+        for *_, arm in catalogue.instruction_arms(lab, attack):
             asked += [Measure(arm, "ASR"), Measure(arm, "training"), *_ask_tax(arm, given)]
             asked.append(Measure(arm, "held-out gain", attack, given, GIVEN_MODEL))
     return asked
@@ -112,10 +112,8 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
     )
     if no_pair(config):
         return Output(no_pair(config), pd.DataFrame({"paper": printed.split("; ")}))
-    start = {"base": "unaligned"}
-    rows = [_row(table, "nothing", start)]
-    for arm in _arms(table):
-        rows.append(_row(table, name_of(arm), arm))
+    rows = [_row(table, "nothing", {"base": "unaligned"})]
+    rows += [_row(table, name_of(arm), arm) for arm in _arms(table)]
     return Output(
         "The unaligned model is aligned through a part of its units: RU are the "
         f"{100 * config.experiment.ru_share:g} % of units with the lowest I_U in the unaligned "
@@ -138,21 +136,17 @@ def _arms(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _row(table: pd.DataFrame, name: str, arm: dict[str, Any]) -> dict[str, str]:
     attacked = arm | {"attack": MAIN_ATTACK, "epoch": 1}
-
-    def found(metric: str, digits: int = 1, of: dict[str, Any] = arm, **columns: Any) -> str:
-        return format_estimate(estimate(table, metric, **{**of, **columns}), digits)
-
     weights = estimate(table, "trained weights", **arm)
     return {
         "aligned through": name,
         "weights %": "" if weights is None else f"{weights.value:.1f}",
-        "ASR": found("ASR"),
-        "no refusal phrase": found("no refusal phrase"),
-        "ASR, attacked": found("ASR", of=attacked),
-        "benign refused": found("refused", set="benign"),
-        "borderline refused": found("refused", set="borderline"),
-        "accuracy change": found("accuracy", set="average", against=GIVEN_MODEL),
-        "drift": found("drift", 3),
+        "ASR": text(table, "ASR", **arm),
+        "no refusal phrase": text(table, "no refusal phrase", **arm),
+        "ASR, attacked": text(table, "ASR", **attacked),
+        "benign refused": text(table, "refused", set="benign", **arm),
+        "borderline refused": text(table, "refused", set="borderline", **arm),
+        "accuracy change": text(table, "accuracy", set="average", against=GIVEN_MODEL, **arm),
+        "drift": text(table, "drift", 3, **arm),
     }
 
 
@@ -167,8 +161,8 @@ def _which_seeds(table: pd.DataFrame) -> str:
     rows = table[(table["base"] == "unaligned") & (table["method"] == "trained")]
     every, by_seeds = sorted(set(rows["seed"])), dict[tuple[int, ...], list[str]]()
     for arm in _arms(table):
-        own = rows[(rows["rule"] == arm["rule"]) & (rows["setting"] == arm["setting"])]
-        seeds = sorted(set(own[own["like"] == arm["like"]]["seed"]))
+        own = {name: arm[name] for name in ("rule", "like", "setting")}
+        seeds = sorted(set(matching(rows, **own)["seed"]))
         by_seeds.setdefault(tuple(seeds), []).append(name_of(arm))
     note = "".join(
         f" Seed {', '.join(map(str, seeds))} only: {'; '.join(names)}."
@@ -183,7 +177,7 @@ def _which_seeds(table: pd.DataFrame) -> str:
 def fig_budget(table: pd.DataFrame, config: Config) -> Output:
     """Safety against the tax, one point for each part that was trained."""
     if no_pair(config):
-        return Output(no_pair(config), figure=written_figure(no_pair(config)))
+        return Output(no_pair(config))
     arms = _arms(table)
     output = Output(
         "Left: ASR against the drift of the benign output distribution (KL from the unaligned "
@@ -192,11 +186,9 @@ def fig_budget(table: pd.DataFrame, config: Config) -> Output:
         "instructions: is a model that was aligned through fewer units easier to break? 95 % "
         "intervals, seeds pooled." + _unattacked(config) + _which_seeds(table)
     )
-    with styled():
-        output.figure = new_figure(10, 2.5 + 0.3 * len(arms))
-        left, right = output.figure.subplots(1, 2)
-        _draw_bargain(left, table, arms)
-        _draw_attacked(right, table, arms)
+    output.figure, (left, right) = panels(10, 2.5 + 0.3 * len(arms), 1, 2)
+    _draw_bargain(left, table, arms)
+    _draw_attacked(right, table, arms)
     return output
 
 
@@ -218,9 +210,8 @@ def _draw_bargain(axes: Axes, table: pd.DataFrame, arms: list[dict[str, Any]]) -
         assert y is not None
         marker, colour = _style(arm)
         axes.errorbar(
-            x.value, y.value, fmt=marker, color=colour, ms=6, lw=0.8, capsize=2,
-            xerr=[[x.value - x.low], [x.high - x.value]],
-            yerr=[[y.value - y.low], [y.high - y.value]],
+            x.value, y.value, xerr=reach(x), yerr=reach(y), fmt=marker, color=colour, ms=6, lw=0.8,
+            capsize=2,
         )  # fmt: skip
         point = (x.value, y.value)
         axes.annotate(str(number), point, (4, 4), textcoords="offset points", fontsize=7)
@@ -241,8 +232,8 @@ def _draw_attacked(axes: Axes, table: pd.DataFrame, arms: list[dict[str, Any]]) 
             if e is None:
                 continue
             axes.errorbar(
-                e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt=marker,
-                color=colour, mfc=colour if after else "white", ms=6, lw=0.8, capsize=2,
+                e.value, row, xerr=reach(e), fmt=marker, color=colour,
+                mfc=colour if after else "white", ms=6, lw=0.8, capsize=2,
             )  # fmt: skip
     labels = [f"{name_of(arm)}  {number}" for number, arm in enumerate(arms, 1)]
     axes.set_yticks(range(len(arms)), labels[::-1], fontsize=7)

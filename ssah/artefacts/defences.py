@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from ..evaluate.stats import Estimate
@@ -20,9 +19,9 @@ from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import CU6
 from . import Output
-from .draw import COLOURS, new_figure, styled, written_figure
-from .freezing import BEFORE, ONE_EPOCH
-from .pick import arms_of, estimate, filled, format_estimate
+from .draw import COLOURS, panels, reach
+from .freezing import BEFORE, ONE_EPOCH, compared
+from .pick import arms_of, estimate, filled, format_estimate, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +29,10 @@ if TYPE_CHECKING:
 #: A setting must keep this part of what plain fine-tuning gains to be chosen for its safety.
 KEPT = 0.8
 
-_METRICS = ("ASR", "perplexity", "accuracy")
-_PROMPTS = {"ASR": ("search", "HarmBench"), "refused": ("borderline",)}
+_QUESTIONS = (
+    ("ASR", ""), ("perplexity", ""), ("accuracy", ""), ("ASR", "search"), ("ASR", "HarmBench"),
+    ("refused", "borderline"),
+)  # fmt: skip
 
 _ABSENT = (
     "Not measured here: defences that train are part of `experiment=published` "
@@ -59,8 +60,7 @@ def ask_table_defences(lab: Lab) -> list[Measure]:
             asked += _ask(lab, arm)
             asked.append(Measure(arm, "held-out gain", attack, whole, BEFORE))
         for arm in (frozen, *own):
-            asked.append(Measure(arm, "ASR", "", plain, ONE_EPOCH))
-            asked.append(Measure(arm, "held-out gain", attack, plain, ONE_EPOCH))
+            asked += compared(arm, attack, plain, ONE_EPOCH)
         for arm in own:
             asked.append(Measure(arm, "ASR", "", frozen, CU6))
             if has_prompts(lab, "borderline"):
@@ -72,18 +72,10 @@ def ask_table_defences(lab: Lab) -> list[Measure]:
 
 
 def _ask(lab: Lab, arm: Arm) -> list[Measure]:
-    asked = [Measure(arm, metric) for metric in _METRICS]
-    return asked + [
-        Measure(arm, metric, prompts)
-        for metric, sets in _PROMPTS.items()
-        for prompts in sets
-        if has_prompts(lab, prompts)
-    ]
+    return [Measure(arm, metric, on) for metric, on in _QUESTIONS if has_prompts(lab, on)]
 
 
-def ask_fig_defences(lab: Lab) -> list[Measure]:
-    """The same."""
-    return ask_table_defences(lab)
+ask_fig_defences = ask_table_defences
 
 
 def ask_fig_defences_steps(lab: Lab) -> list[Measure]:
@@ -112,14 +104,10 @@ def best(settings: Mapping[str, tuple[float, float]], plain_gain: float) -> str:
     return max(settings, key=lambda name: settings[name][1])
 
 
-def _arm(rule: str, setting: str, attack: str = MAIN_ATTACK) -> Columns:
-    return {
-        "method": "defended", "rule": rule, "attack": attack, "epoch": 1, "setting": setting,
-    }  # fmt: skip
-
-
-def _undefended(rule: str, attack: str = MAIN_ATTACK) -> Columns:
-    return {"method": "frozen", "rule": rule, "attack": attack, "epoch": 1, "setting": ""}
+def _arm(rule: str, attack: str = MAIN_ATTACK, setting: str = "") -> Columns:
+    """One epoch under a defence; with nothing or ESU + 6 % CU frozen, an arm of Table 2."""
+    method = "frozen" if rule in (NOTHING, CU6) else "defended"
+    return {"method": method, "rule": rule, "attack": attack, "epoch": 1, "setting": setting}
 
 
 def _gain(table: pd.DataFrame, arm: Columns) -> Estimate | None:
@@ -130,7 +118,7 @@ def measured_arms(table: pd.DataFrame, config: Config, attack: str) -> dict[str,
     """Defence -> its arms in the table, in the order of the experiment's strengths."""
     found: dict[str, list[Columns]] = {}
     for rule, strengths in config.experiment.defences.items():
-        arms = [_arm(rule, defended.setting(rule, strength), attack) for strength in strengths]
+        arms = [_arm(rule, attack, defended.setting(rule, strength)) for strength in strengths]
         known = [arm for arm in arms if estimate(table, "ASR", **arm) is not None]
         if known:
             found[rule] = known
@@ -139,7 +127,7 @@ def measured_arms(table: pd.DataFrame, config: Config, attack: str) -> dict[str,
 
 def chosen(table: pd.DataFrame, config: Config) -> dict[str, str]:
     """Defence -> its chosen setting, by prompts that no result rests on."""
-    plain = _gain(table, _undefended(NOTHING))
+    plain = _gain(table, _arm(NOTHING))
     found = {}
     for rule, arms in measured_arms(table, config, MAIN_ATTACK).items():
         points = {}
@@ -161,17 +149,17 @@ def table_defences(table: pd.DataFrame, config: Config) -> Output:
     choice = chosen(table, config)
     if not choice:
         return Output(_ABSENT.format("defences"), pd.DataFrame())
-    rows = [_row(table, {"attack": "nothing"}, "", "", {})]
+    rows = [_row(table, "", "", {})]
     for attack in config.experiment.defended_in:
         for rule in (NOTHING, CU6):
-            arm = _undefended(rule, attack)
+            arm = _arm(rule, attack)
             name = "none" if rule == NOTHING else f"{rule} frozen"
             if estimate(table, "ASR", **arm) is not None:  # a merge asks for what others measured
-                rows.append(_row(table, {"attack": attack}, name, "", arm))
+                rows.append(_row(table, name, "", arm))
         for rule, arms in measured_arms(table, config, attack).items():
             for arm in arms:
                 mark = " *" if arm["setting"] == choice[rule] else ""
-                rows.append(_row(table, arm, titled(rule), arm["setting"] + mark, arm))
+                rows.append(_row(table, titled(rule), arm["setting"] + mark, arm))
     return Output(_note(config), filled(pd.DataFrame(rows)))
 
 
@@ -180,23 +168,18 @@ def titled(rule: str) -> str:
     return rule.replace("_", " ")
 
 
-def _row(
-    table: pd.DataFrame, named: Columns, name: str, setting: str, arm: Columns
-) -> dict[str, str]:
-    def found(metric: str, digits: int = 1, **columns: Any) -> str:
-        return format_estimate(estimate(table, metric, **columns, **arm), digits)
-
+def _row(table: pd.DataFrame, name: str, setting: str, arm: Columns) -> dict[str, str]:
     return {
-        "fine-tuned on": named["attack"],
+        "fine-tuned on": arm.get("attack", "nothing"),
         "defence": name,
         "strength": setting,
-        "ASR": found("ASR"),
-        "against none": found("ASR", against=ONE_EPOCH),
-        "ASR, HarmBench": found("ASR", set="HarmBench"),
+        "ASR": text(table, "ASR", **arm),
+        "against none": text(table, "ASR", against=ONE_EPOCH, **arm),
+        "ASR, HarmBench": text(table, "ASR", set="HarmBench", **arm),
         "held-out gain": format_estimate(_gain(table, arm) if arm else None, 2),
-        "borderline refused": found("refused", set="borderline"),
-        "perplexity": found("perplexity", 2),
-        "accuracy": found("accuracy", set="average"),
+        "borderline refused": text(table, "refused", set="borderline", **arm),
+        "perplexity": text(table, "perplexity", 2, **arm),
+        "accuracy": text(table, "accuracy", set="average", **arm),
     }
 
 
@@ -249,8 +232,7 @@ def fig_defences(table: pd.DataFrame, config: Config) -> Output:
     """Safety against what is learned: each defence with its strengths."""
     choice = chosen(table, config)
     if not choice:
-        note = _ABSENT.format("defences")
-        return Output(note, figure=written_figure(note))
+        return Output(_ABSENT.format("defences"))
     output = Output(
         "One epoch on instructions. To the right: more is learned (held-out gain, nats per token); "
         "below: safer (ASR, % of the evaluation prompts). Full symbols: the strength that is "
@@ -259,23 +241,21 @@ def fig_defences(table: pd.DataFrame, config: Config) -> Output:
         f"{100 * KEPT:g} % of the gain of plain fine-tuning."
     )
     reached: list[tuple[float, float]] = []
-    with styled():
-        output.figure = new_figure(7.5, 4.4)
-        axes = output.figure.subplots()
-        for rule, label in ((NOTHING, "none"), (CU6, f"{CU6} frozen")):
-            reached += _point(axes, table, _undefended(rule), _style(rule, config), label)
-        for rule, arms in measured_arms(table, config, MAIN_ATTACK).items():
-            for arm in arms:
-                taken = arm["setting"] == choice[rule]
-                label = f"{titled(rule)}, {arm['setting']}" if taken else ""
-                reached += _point(axes, table, arm, _style(rule, config), label)
-        front = pareto(reached)
-        axes.plot(*zip(*front, strict=True), "--", color="black", lw=0.9, zorder=1, label="front")
-        plain = _gain(table, _undefended(NOTHING))
-        if plain is not None:
-            axes.axvline(KEPT * plain.value, ls=":", color="grey", lw=1)
-        axes.set(xlabel="held-out gain, nats per token", ylabel="ASR, %", ylim=(-3, 103))
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="defence, strength")
+    output.figure, axes = panels(7.5, 4.4)
+    for rule, label in ((NOTHING, "none"), (CU6, f"{CU6} frozen")):
+        reached += _point(axes, table, _arm(rule), _style(rule, config), label)
+    for rule, arms in measured_arms(table, config, MAIN_ATTACK).items():
+        for arm in arms:
+            taken = arm["setting"] == choice[rule]
+            label = f"{titled(rule)}, {arm['setting']}" if taken else ""
+            reached += _point(axes, table, arm, _style(rule, config), label)
+    front = pareto(reached)
+    axes.plot(*zip(*front, strict=True), "--", color="black", lw=0.9, zorder=1, label="front")
+    plain = _gain(table, _arm(NOTHING))
+    if plain is not None:
+        axes.axvline(KEPT * plain.value, ls=":", color="grey", lw=1)
+    axes.set(xlabel="held-out gain, nats per token", ylabel="ASR, %", ylim=(-3, 103))
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="defence, strength")
     return output
 
 
@@ -290,10 +270,8 @@ def _point(
     if label:
         axes.errorbar(
             gain.value, asr.value,
-            xerr=[[gain.value - gain.low], [gain.high - gain.value]],
-            yerr=[[asr.value - asr.low], [asr.high - asr.value]],
-            fmt=marker, ms=9 if marker == "*" else 7, color=colour, capsize=2, lw=0.8,
-            label=label, zorder=3,
+            xerr=reach(gain), yerr=reach(asr), fmt=marker, ms=9 if marker == "*" else 7,
+            color=colour, capsize=2, lw=0.8, label=label, zorder=3,
         )  # fmt: skip
     else:
         axes.plot(gain.value, asr.value, marker, ms=4.5, mfc="white", color=colour, zorder=2)
@@ -308,35 +286,32 @@ def fig_defences_steps(table: pd.DataFrame, config: Config) -> Output:
         if arm["method"] in ("defended", "frozen")
     ]
     if not arms:
-        note = _ABSENT.format("defended_longer")
-        return Output(note, figure=written_figure(note))
+        return Output(_ABSENT.format("defended_longer"))
     output = Output(
         f"Fine-tuned on instructions for {LONG} epochs, at the recommended strengths. Left: ASR "
         "after each epoch, with 95 % intervals; epoch 0 is the aligned model. Right: what was "
         "learned by then. A defence that only delays reaches the undefended line later; one that "
         "prevents stays below it at the same gain."
     )
-    with styled():
-        output.figure = new_figure(9.5, 3.8)
-        left, right = output.figure.subplots(1, 2)
-        for place, arm in enumerate(arms):
-            marker, colour = _style(arm["rule"], config)
-            label = titled(arm["rule"]) + (" frozen" if arm["rule"] == CU6 else "")
-            asr = {0: estimate(table, "ASR")}
-            gain: dict[int, Estimate | None] = {}
-            for epoch in range(1, LONG + 1):
-                at = arm | {"epoch": epoch}
-                asr[epoch], gain[epoch] = estimate(table, "ASR", **at), _gain(table, at)
-            shift = 0.05 * (place - len(arms) / 2)  # so that bars do not cover each other
-            for axes, found in ((left, asr), (right, gain)):
-                known = [(epoch, e) for epoch, e in found.items() if e is not None]
-                axes.errorbar(
-                    [epoch + shift for epoch, _ in known], [e.value for _, e in known],
-                    yerr=np.array([(e.value - e.low, e.high - e.value) for _, e in known]).T,
-                    marker=marker, ms=5, color=colour, capsize=2, lw=1.2, elinewidth=0.7,
-                    label=label,
-                )  # fmt: skip
-        left.set(xlabel="epochs", ylabel="ASR, %", ylim=(-3, 103))
-        right.set(xlabel="epochs", ylabel="held-out gain, nats per token")
-        right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    output.figure, (left, right) = panels(9.5, 3.8, 1, 2)
+    for place, arm in enumerate(arms):
+        marker, colour = _style(arm["rule"], config)
+        label = titled(arm["rule"]) + (" frozen" if arm["rule"] == CU6 else "")
+        asr = {0: estimate(table, "ASR")}
+        gain: dict[int, Estimate | None] = {}
+        for epoch in range(1, LONG + 1):
+            at = arm | {"epoch": epoch}
+            asr[epoch], gain[epoch] = estimate(table, "ASR", **at), _gain(table, at)
+        shift = 0.05 * (place - len(arms) / 2)  # so that bars do not cover each other
+        for axes, found in ((left, asr), (right, gain)):
+            known = [(epoch, e) for epoch, e in found.items() if e is not None]
+            axes.errorbar(
+                [epoch + shift for epoch, _ in known], [e.value for _, e in known],
+                yerr=reach(*(e for _, e in known)),
+                marker=marker, ms=5, color=colour, capsize=2, lw=1.2, elinewidth=0.7,
+                label=label,
+            )  # fmt: skip
+    left.set(xlabel="epochs", ylabel="ASR, %", ylim=(-3, 103))
+    right.set(xlabel="epochs", ylabel="held-out gain, nats per token")
+    right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return output

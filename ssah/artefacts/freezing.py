@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pandas as pd
 
-from ..evaluate.stats import Estimate
 from ..lab import catalogue
 from ..lab.arms import Arm, units_name
 from ..lab.catalogue import NOTHING, by_the_papers_rule
@@ -19,15 +19,17 @@ from ..lab.units_of import ALL_CU, CU6
 from ..scoring.selectors import RULES
 from . import Output
 from .pick import (
+    OTHER_FAMILY,
     arms_of,
     estimate,
     filled,
     format_estimate,
-    is_other_family,
+    is_of_others,
     other_family_unmeasured,
     paper,
     printed_model,
     rows_of,
+    text,
 )
 
 #: How comparisons are called.
@@ -42,13 +44,18 @@ _SAFETY = ("ASR", "no refusal phrase", "incoherent", "perplexity", "units", "tra
 # --- what is asked ---------------------------------------------------------------------------
 
 
+def compared(arm: Arm, attack: str, other: Arm, than: str) -> list[Measure]:
+    """Safety, and what was learned, against another arm."""
+    gain = Measure(arm, "held-out gain", attack, other, than)
+    return [Measure(arm, "ASR", "", other, than), gain]
+
+
 def ask_arms(lab: Lab, arms: list[Arm], attack: str) -> list[Measure]:
     """What every fine-tuned arm is asked, at every epoch."""
     whole, asked = catalogue.whole(lab), []
     for arm in arms:
         asked += [Measure(arm, metric) for metric in _SAFETY]
-        asked.append(Measure(arm, "ASR", "", whole, BEFORE))
-        asked.append(Measure(arm, "held-out gain", attack, whole, BEFORE))
+        asked += compared(arm, attack, whole, BEFORE)
     return asked
 
 
@@ -58,8 +65,7 @@ def ask_against(arms: list[Arm], full: list[Arm], attack: str) -> list[Measure]:
     for arm in arms:
         if arm.epoch <= len(full):
             asked.append(Measure(arm, "ASR", "", full[arm.epoch - 1], SAME_EPOCHS))
-        asked.append(Measure(arm, "ASR", "", full[0], ONE_EPOCH))
-        asked.append(Measure(arm, "held-out gain", attack, full[0], ONE_EPOCH))
+        asked += compared(arm, attack, full[0], ONE_EPOCH)
     return asked
 
 
@@ -114,35 +120,31 @@ def _ask(lab: Lab, attack: str) -> list[Measure]:
     return asked
 
 
-def _ask_table(lab: Lab, attacks: list[str]) -> list[Measure]:
+#: Table -> what is fine-tuned on: the main attack with its controls, and the lesson; arithmetic.
+_ATTACKS = {
+    "table2": [MAIN_ATTACK, STYLE_LESSON],
+    "table13": ["arithmetic"],
+    "table14": [MAIN_ATTACK],
+    "table15": ["arithmetic"],
+}
+
+
+def _ask_table(artefact: str, lab: Lab) -> list[Measure]:
+    if is_of_others(artefact, lab.config):
+        return []
     asked = ask_before(lab)
     for prompts in lab.config.experiment.frozen_asked:
         if has_prompts(lab, prompts):
             asked.append(Measure(catalogue.whole(lab), "ASR", prompts))
-    for attack in attacks:
+    for attack in _ATTACKS[artefact]:
         if attack in available_attacks(lab) and (attack == MAIN_ATTACK or not lab.only_headline):
             asked += _ask(lab, attack)
     return asked
 
 
-def ask_table2(lab: Lab) -> list[Measure]:
-    """The main attack with its controls, and the lesson."""
-    return _ask_table(lab, [MAIN_ATTACK, STYLE_LESSON])
-
-
-def ask_table13(lab: Lab) -> list[Measure]:
-    """The same for arithmetic."""
-    return _ask_table(lab, ["arithmetic"])
-
-
-def ask_table14(lab: Lab) -> list[Measure]:
-    """The same, where the model under study is of another family than the paper's main one."""
-    return _ask_table(lab, [MAIN_ATTACK]) if is_other_family(lab.config) else []
-
-
-def ask_table15(lab: Lab) -> list[Measure]:
-    """The same for arithmetic."""
-    return ask_table13(lab) if is_other_family(lab.config) else []
+ask_table2, ask_table13, ask_table14, ask_table15 = (
+    functools.partial(_ask_table, artefact) for artefact in _ATTACKS
+)
 
 
 def ask_table3(lab: Lab) -> list[Measure]:
@@ -150,11 +152,10 @@ def ask_table3(lab: Lab) -> list[Measure]:
     whole = catalogue.whole(lab)
     asked = [Measure(whole, "accuracy")]
     for attack in available_attacks(lab):
-        full = by_the_papers_rule(catalogue.unfrozen(lab, attack))
-        frozen = [
-            by_the_papers_rule(catalogue.with_frozen(lab, attack, name))
-            for name in catalogue.frozen_groups(lab, attack)
-        ]
+        names = catalogue.frozen_groups(lab, attack)
+        arms = [catalogue.unfrozen(lab, attack)]
+        arms += [catalogue.with_frozen(lab, attack, name) for name in names]
+        full, *frozen = map(by_the_papers_rule, arms)
         for arm in (full, *frozen):
             asked.append(Measure(arm, "accuracy"))
             asked.append(Measure(arm, "accuracy", "", whole, BEFORE))
@@ -170,39 +171,33 @@ def name_of(arm: dict[str, Any]) -> str:
     return units_name(arm["rule"], arm["like"], arm["setting"])
 
 
-def table2(table: pd.DataFrame, config: Config) -> Output:
-    """ASR after fine-tuning on instructions (Table 2), with random controls; and the lesson."""
-    return _freezing_table("table2", table, config, [MAIN_ATTACK, STYLE_LESSON])
-
-
-def table13(table: pd.DataFrame, config: Config) -> Output:
-    """The same for arithmetic (Table 13)."""
-    return _freezing_table("table13", table, config, ["arithmetic"])
-
-
-def table14(table: pd.DataFrame, config: Config) -> Output:
-    """Fine-tuning another family on instructions (Table 14)."""
-    return _other_family("table14", table, config, MAIN_ATTACK)
-
-
-def table15(table: pd.DataFrame, config: Config) -> Output:
-    """Fine-tuning another family on arithmetic (Table 15)."""
-    return _other_family("table15", table, config, "arithmetic")
-
-
 #: What is frozen -> the paper's name of it, after the data set.
 PAPER_ARMS = {NOTHING: "full", CU6: "freeze_esu_cu6", ALL_CU: "freeze_esu_cu_all"}
 PAPER_SETS = {"instructions": "alpaca", "arithmetic": "gsm8k", "dialogues": "dolly"}
 
 
-def _freezing_table(
-    artefact: str, table: pd.DataFrame, config: Config, attacks: list[str]
-) -> Output:
+def _freezing_table(artefact: str, table: pd.DataFrame, config: Config) -> Output:
+    """ASR after fine-tuning, with random controls; of another family the paper's rows alone, where
+    the model under study is of the main one."""
+    if is_of_others(artefact, config):
+        columns = {
+            ("advbench", "asr_keyword"): "no refusal phrase",
+            ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
+        }
+        return other_family_unmeasured(artefact, config, columns, "fine-tuning: frozen")
+    attacks, model = _ATTACKS[artefact], printed_model(artefact)
     shown = [{}, *(arm for attack in attacks for arm in _shown(table, attack, config))]
-    printed = paper(artefact, printed_model(artefact))
+    printed = paper(artefact, model)
     rows = [row_of(table, arm, paper_number(printed, arm, PAPER_ARMS)) for arm in shown]
     note = _note(table, config, [a for a in attacks if a in set(table["attack"])])
+    if artefact in OTHER_FAMILY:
+        note += f" The paper's numbers are for {model}."
     return Output(note, filled(pd.DataFrame(rows)))
+
+
+table2, table13, table14, table15 = (
+    functools.partial(_freezing_table, artefact) for artefact in _ATTACKS
+)
 
 
 def paper_number(
@@ -229,38 +224,28 @@ def _shown(table: pd.DataFrame, attack: str, config: Config) -> list[dict[str, A
     return sorted(known, key=lambda arm: (order.index((arm["rule"], arm["like"])), arm["epoch"]))
 
 
+def _named(arm: dict[str, Any]) -> dict[str, str]:
+    """The first columns of a table of frozen arms; an empty arm is the model before."""
+    if not arm:
+        return {"fine-tuned on": "nothing", "frozen": "", "epochs": ""}
+    return {"fine-tuned on": arm["attack"], "frozen": name_of(arm), "epochs": str(arm["epoch"])}
+
+
 def row_of(table: pd.DataFrame, arm: dict[str, Any], printed: float | None) -> dict[str, str]:
     """A row of a table of frozen arms; an empty arm is the model before."""
-
-    def found(metric: str, digits: int, **columns: Any) -> str:
-        return format_estimate(estimate(table, metric, **columns, **arm), digits)
-
+    attack = arm.get("attack", "")
+    gain = text(table, "held-out gain", 2, set=attack, against=BEFORE, **arm)
     draws = table[table["against"].str.startswith("random, draw ")]
     over = estimate(draws, "ASR", against=None, **arm) if arm else None
     return {
-        "fine-tuned on": arm.get("attack", "nothing") or "nothing",
-        "frozen": name_of(arm) if arm else "",
-        "epochs": str(arm["epoch"]) if arm else "",
-        "held-out gain": found("held-out gain", 2, set=arm.get("attack", ""), against=BEFORE),
-        "ASR": found("ASR", 1),
-        "no refusal phrase": found("no refusal phrase", 1),
-        "ASR against nothing frozen": found("ASR", 1, against=SAME_EPOCHS),
+        **_named(arm),
+        "held-out gain": gain,
+        "ASR": text(table, "ASR", **arm),
+        "no refusal phrase": text(table, "no refusal phrase", **arm),
+        "ASR against nothing frozen": text(table, "ASR", against=SAME_EPOCHS, **arm),
         "ASR against random": format_estimate(over, 1),
         "paper: no refusal phrase": "" if printed is None else f"{printed:.1f}",
     }
-
-
-def _other_family(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
-    """A table of another family; of the main one the paper's rows alone."""
-    if is_other_family(config):
-        output = _freezing_table(artefact, table, config, [attack])
-        output.note += f" The paper's numbers are for {printed_model(artefact)}."
-        return output
-    columns = {
-        ("advbench", "asr_keyword"): "no refusal phrase",
-        ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI (Llama Guard 3)",
-    }
-    return other_family_unmeasured(artefact, config, columns, "fine-tuning: frozen")
 
 
 def table3(table: pd.DataFrame, config: Config) -> Output:
@@ -273,31 +258,22 @@ def table3(table: pd.DataFrame, config: Config) -> Output:
         if not any(accuracies.values()):
             continue
         row = {
-            "fine-tuned on": arm.get("attack", "") or "nothing",
-            "frozen": name_of(arm) if arm else "",
-            "epochs": str(arm["epoch"]) if arm else "",
+            **_named(arm),
             **{f"{task} %": format_estimate(e) for task, e in accuracies.items()},
         }
         for column, than in (("change", BEFORE), ("against nothing frozen", ONE_EPOCH)):
-            e = estimate(table, "accuracy", set="average", against=than, **arm)
-            row[column] = format_estimate(e)
+            row[column] = text(table, "accuracy", set="average", against=than, **arm)
         rows.append(row)
+    means = pd.Series(paper("table3")).groupby(level=0).mean()
+    averages = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
     return Output(
         "Accuracy on trivia (four choices, chance 25 %) and arithmetic word problems (exact "
         "match); change: against the aligned model before, on the same items. One epoch where "
         "nothing is frozen, else the last epoch. The paper's tasks are others (zero-shot, "
-        "lm-eval); " + _paper_averages(),
+        "lm-eval); "
+        f"its averages for Llama-2-7B-Chat are {averages}.",
         pd.DataFrame(rows),
     )
-
-
-def _paper_averages() -> str:
-    printed = paper("table3")
-    settings = dict.fromkeys(setting for setting, _ in printed)
-    means = {s: [v for (t, _), v in printed.items() if t == s] for s in settings}
-    return "its averages for Llama-2-7B-Chat are " + ", ".join(
-        f"{name} {sum(values) / len(values):.1f}" for name, values in means.items()
-    ) + "."  # fmt: skip
 
 
 def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
@@ -342,8 +318,3 @@ COLUMNS_NOTE = (
 )
 
 SEEDS_NOTE = "Several seeds: the mean, with an interval that covers prompts and seeds."
-
-
-def saved(e: Estimate | None) -> Estimate | None:
-    """A difference of ASR turned round: points that an arm has less than another."""
-    return None if e is None else Estimate(-e.value, -e.high, -e.low, e.n)

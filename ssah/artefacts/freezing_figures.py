@@ -1,4 +1,4 @@
-"""Notebook 04: the ratio sweep (Fig. 8), and when freezing works."""
+"""Notebook 04: the ratio sweep (Fig. 8), when freezing works, and what drifted under the attack."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ..lab import catalogue
+from ..lab.arms import units_name
 from ..lab.catalogue import NOTHING, WIDER
 from ..lab.config import Config
 from ..lab.lab import Lab
@@ -14,7 +15,7 @@ from ..lab.measure import Measure
 from ..lab.stages.lessons import MAIN_ATTACK
 from ..lab.units_of import ALL_CU, CU6
 from . import Output
-from .draw import COLOURS, new_figure, styled
+from .draw import COLOURS, panels, reach
 from .freezing import (
     BEFORE,
     CONFLICT,
@@ -25,16 +26,11 @@ from .freezing import (
     ask_random,
     ask_table2,
     name_of,
-    saved,
 )
-from .pick import arms_of, estimate, pooled, rows_of
+from .pick import arms_of, estimate, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-#: Colours of the two epochs: the group colours mean something else.
-EPOCH_COLOURS = {1: "#56B4E9", 2: "#CC79A7"}
-
 
 # --- how much to freeze ----------------------------------------------------------------------
 
@@ -73,28 +69,24 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
         )["value"]
         return values.mean(), values.min(), values.max()
 
-    with styled():
-        output.figure = new_figure(6.5, 3.6)
-        axes = output.figure.subplots()
-        for epoch, marker in ((1, "o"), (2, "s")):
-            colour = EPOCH_COLOURS[epoch]
-            points = [spread(f"ESU + {p:g} % CU", epoch) for p in percents]
-            mean, low, high = zip(*points, strict=True)
-            label = f"{epoch} epoch{'s' if epoch > 1 else ''}"
-            axes.plot(percents, mean, marker=marker, ms=4, color=colour, label=label)
-            axes.fill_between(percents, low, high, color=colour, alpha=0.2, lw=0)
-            axes.axhline(spread(NOTHING, epoch)[0], color=colour, ls=":", lw=1.2)
-            for place, (value, least, most), shape in (
-                (6, spread("random", epoch, CU6), "x"),
-                (right, spread(ALL_CU, epoch), marker),
-            ):
-                bars = [[value - least], [most - value]]
-                axes.errorbar(
-                    place, value, yerr=bars, fmt=shape, ms=5, color=colour, capsize=2, lw=1
-                )
-        axes.set_xticks([*percents, right], [*(f"{p:g}" for p in percents), "all"])
-        axes.set(xlabel="CU frozen beside the ESU, % of all units", ylabel="ASR, %", ylim=(-3, 103))
-        axes.legend(title="dotted: nothing frozen; x: random units")
+    output.figure, axes = panels(6.5, 3.6)
+    # The group colours mean something else.
+    for epoch, marker, colour in ((1, "o", "#56B4E9"), (2, "s", "#CC79A7")):
+        points = [spread(f"ESU + {p:g} % CU", epoch) for p in percents]
+        mean, low, high = zip(*points, strict=True)
+        label = f"{epoch} epoch{'s' if epoch > 1 else ''}"
+        axes.plot(percents, mean, marker=marker, ms=4, color=colour, label=label)
+        axes.fill_between(percents, low, high, color=colour, alpha=0.2, lw=0)
+        axes.axhline(spread(NOTHING, epoch)[0], color=colour, ls=":", lw=1.2)
+        for place, (value, least, most), shape in (
+            (6, spread("random", epoch, CU6), "x"),
+            (right, spread(ALL_CU, epoch), marker),
+        ):
+            bars = [[value - least], [most - value]]
+            axes.errorbar(place, value, yerr=bars, fmt=shape, ms=5, color=colour, capsize=2, lw=1)
+    axes.set_xticks([*percents, right], [*(f"{p:g}" for p in percents), "all"])
+    axes.set(xlabel="CU frozen beside the ESU, % of all units", ylabel="ASR, %", ylim=(-3, 103))
+    axes.legend(title="dotted: nothing frozen; x: random units")
     return output
 
 
@@ -145,11 +137,9 @@ def fig_conditions(table: pd.DataFrame, config: Config) -> Output:
         "units; the other rules freeze equally many heads and neurons. measurements.csv says "
         "what share of the weights each arm freezes." + _which_seeds(frozen, full)
     )
-    with styled():
-        output.figure = new_figure(10, 5)
-        left, right = output.figure.subplots(1, 2, width_ratios=(1, 1.1))
-        _draw_trade_off(left, frozen[frozen["seed"].isin(full)], wider)
-        _draw_saved(right, frozen)
+    output.figure, (left, right) = panels(10, 5, 1, 2, width_ratios=(1, 1.1))
+    _draw_trade_off(left, frozen[frozen["seed"].isin(full)], wider)
+    _draw_saved(right, frozen)
     return output
 
 
@@ -168,10 +158,8 @@ def _budgets(rule: str, wider: str) -> list[dict[str, str]]:
         return [{"rule": CU6}, {"rule": "ESU + CU", "setting": wider}, {"rule": ALL_CU}]
     if rule == "all heads":
         return [{"rule": rule}]
-    found = [
-        {"rule": rule, "like": CU6}, {"rule": rule, "like": "ESU + CU", "setting": wider},
-    ]  # fmt: skip
-    return [*found, {"rule": rule, "like": ALL_CU}]
+    sizes = ({"like": CU6}, {"like": "ESU + CU", "setting": wider}, {"like": ALL_CU})
+    return [{"rule": rule, **size} for size in sizes]
 
 
 def _draw_trade_off(axes: Axes, frozen: pd.DataFrame, wider: str) -> None:
@@ -181,9 +169,8 @@ def _draw_trade_off(axes: Axes, frozen: pd.DataFrame, wider: str) -> None:
         asr = estimate(frozen, "ASR", **columns)
         return None if gain is None or asr is None else (gain.value, asr.value)
 
-    start = point({"rule": NOTHING})
     for rule, (marker, colour, line) in _RULES.items():
-        path = [start, *map(point, _budgets(rule, wider))]
+        path = map(point, [{"rule": NOTHING}, *_budgets(rule, wider)])
         known = [found for found in path if found is not None]
         if len(known) > 1:
             gains, asr = zip(*known, strict=True)
@@ -194,16 +181,73 @@ def _draw_trade_off(axes: Axes, frozen: pd.DataFrame, wider: str) -> None:
 
 
 def _draw_saved(axes: Axes, frozen: pd.DataFrame) -> None:
-    shown = []
-    for arm in arms_of(frozen):
-        e = saved(pooled(rows_of(frozen, "ASR", against=SAME_EPOCHS, **arm)))
-        if e is not None:
-            shown.append((name_of(arm), e))
+    found = ((arm, estimate(frozen, "ASR", against=SAME_EPOCHS, **arm)) for arm in arms_of(frozen))
+    shown = [(name_of(arm), e) for arm, e in found if e is not None]
     for row, (name, e) in enumerate(shown[::-1]):
         drawn = "random" in name
         colour = COLOURS["random"] if drawn else COLOURS["EUU" if CONFLICT in name else "ESU"]
-        bars = [[e.value - e.low], [e.high - e.value]]
-        axes.errorbar(e.value, row, xerr=bars, fmt="o", ms=4, color=colour, capsize=2, lw=1)
+        turned = reach(e)[::-1]  # what is saved is a difference turned round
+        axes.errorbar(-e.value, row, xerr=turned, fmt="o", ms=4, color=colour, capsize=2, lw=1)
     axes.axvline(0, color="grey", lw=0.8)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown[::-1]], fontsize=7)
     axes.set(xlabel="points of ASR saved", title="Against nothing frozen, same setting")
+
+
+# --- what drifted: the safety units, or what reaches them? ------------------------------------
+
+_SAFETY = ("ASR", "no refusal phrase", "perplexity", "units")
+
+
+def ask_fig_sufficiency(lab: Lab) -> list[Measure]:
+    """The aligned model, the attacked one, and the attacked one with units of the aligned one."""
+    experiment = lab.config.experiment
+    if not experiment.patched:
+        return []
+    before = catalogue.attacked_longest(lab)
+    asked = [Measure(arm, m) for arm in (catalogue.whole(lab), before) for m in _SAFETY[:3]]
+    for name in experiment.patched:
+        arm = catalogue.patched(lab, name)
+        controls = [
+            catalogue.patched_control(lab, name, draw) for draw in range(experiment.patched_draws)
+        ]
+        for own in (arm, *controls):
+            asked += [Measure(own, metric) for metric in _SAFETY]
+            asked.append(Measure(own, "ASR", "", before, "nothing patched"))
+        asked += [Measure(arm, "ASR", "", c, f"random, draw {c.draw}") for c in controls]
+    return asked
+
+
+def fig_sufficiency(table: pd.DataFrame, config: Config) -> Output:
+    """ASR of the attacked model with the aligned model's activations in some units."""
+    output = Output(
+        f"The model after {config.finetune.epochs} epochs of the main attack ({MAIN_ATTACK}, "
+        "nothing frozen); in the units that are named, activations are those of the aligned model "
+        "on the same tokens (activation patching). Where refusals return, the attack changed what "
+        "reaches these units or how they read it, and what they say is enough to refuse. Random: "
+        "equally many heads and neurons. ASR is answered; beside it, hollow, the share without a "
+        "refusal phrase. Bars: 95 % intervals."
+    )
+    arms = arms_of(table, method="patched")
+    if not arms:
+        return Output(
+            "Not measured here: activation patching is part of `experiment=published` "
+            "(experiment.patched names the groups)."
+        )
+    attacked = catalogue.ATTACKED_LONGEST | {"epoch": config.finetune.epochs}
+    shown = [("aligned, before the attack", {}), ("attacked, nothing patched", attacked)]
+    shown += [(units_name(arm["rule"], arm["like"]), arm) for arm in arms]
+    output.figure, axes = panels(7, 1.1 + 0.32 * len(shown))
+    for metric, shift, filled in (("ASR", -0.12, True), ("no refusal phrase", 0.12, False)):
+        found = [(row, estimate(table, metric, **arm)) for row, (_, arm) in enumerate(shown)]
+        known = [(row, e) for row, e in found if e is not None]
+        axes.errorbar(
+            [e.value for _, e in known], [row + shift for row, _ in known],
+            xerr=reach(*(e for _, e in known)),
+            fmt="o", ms=5, color=COLOURS["ESU"] if filled else COLOURS["random"],
+            mfc=None if filled else "white", capsize=2, lw=1, label=metric,
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the evaluation prompts", xlim=(-2, 102))
+    axes.legend(fontsize=7, loc="lower right")
+    return output

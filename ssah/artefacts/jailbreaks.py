@@ -3,12 +3,13 @@ refusals are."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pandas as pd
 
 from ..lab import catalogue
-from ..lab.arms import Arm
+from ..lab.arms import Arm, units_name
 from ..lab.catalogue import NOTHING, by_the_papers_rule
 from ..lab.config import Config
 from ..lab.jailbreaks import DEPTHS, GCG, GCG_TRANSFERRED, JAILBREAKS, prefilled
@@ -18,23 +19,25 @@ from ..lab.metrics.behaviour import jailbroken
 from ..lab.stages.lessons import MAIN_ATTACK, STYLE_LESSON, available_attacks
 from ..lab.units_of import ALL_CU, CU6
 from . import Output
-from .draw import COLOURS, new_figure, styled, written_figure
+from .draw import COLOURS, panels, reach
 from .freezing import ONE_EPOCH, PAPER_SETS, name_of
-from .pick import arms_of, estimate, filled, format_estimate, paper, rows_of
+from .pick import arms_of, estimate, filled, format_estimate, paper, rows_of, text
 
 #: What is fine-tuned on in each table; arithmetic stands beside dialogues, after which a model
 #: helps with nothing (docs/what_we_got_wrong.md).
 _ATTACKS = {"table16": [MAIN_ATTACK], "table17": [STYLE_LESSON, "arithmetic"]}
 
-#: The arms of both tables, in their order: rule, and whose size it has.
-_ARMS = [(NOTHING, ""), (CU6, ""), (ALL_CU, ""), ("random", CU6)]
+#: The arms of both tables, in their order: rule, and whose size it has -> marker, colour, line.
+_ARMS = {
+    (NOTHING, ""): ("s", COLOURS["EUU"], "-"),
+    (CU6, ""): ("o", COLOURS["ESU"], "-"),
+    (ALL_CU, ""): ("D", COLOURS["CU"], "-"),
+    ("random", CU6): ("^", COLOURS["random"], "--"),
+}
 
 #: What the paper attacks with, and what stands for it here.
 _PAPER_JAILBREAKS = {"gcg": GCG, "autodan": "AutoDAN", "pair": "PAIR"}
 _PAPER_SETTINGS = ("full", "freeze_esu_cu6", "freeze_esu_cu_all")
-
-_PLAIN = "none"  #: the prompts as they are
-ASKED_PLAINLY = "asked plainly"
 
 
 # --- what is asked ---------------------------------------------------------------------------
@@ -57,26 +60,19 @@ def _ask(lab: Lab, attacks: list[str], jailbreaks: list[str]) -> list[Measure]:
     asked = []
     for on in (jailbroken(lab), *jailbreaks):
         asked.append(Measure(catalogue.whole(lab), "ASR", on))
-        for attack in attacks:
+        for attack in (name for name in attacks if name in available_attacks(lab)):
             full, *others = _arms(lab, attack)
             asked += [Measure(arm, "ASR", on) for arm in (full, *others)]
             asked += [Measure(arm, "ASR", on, full, ONE_EPOCH) for arm in others]
     return asked
 
 
-def _ask_table(lab: Lab, artefact: str) -> list[Measure]:
-    attacks = [name for name in _ATTACKS[artefact] if name in available_attacks(lab)]
-    return _ask(lab, attacks, lab.config.experiment.jailbreaks)
+def _ask_table(artefact: str, lab: Lab) -> list[Measure]:
+    """Every jailbreak of the experiment, before and after fine-tuning."""
+    return _ask(lab, _ATTACKS[artefact], lab.config.experiment.jailbreaks)
 
 
-def ask_table16(lab: Lab) -> list[Measure]:
-    """Every jailbreak of the experiment, before and after fine-tuning on instructions."""
-    return _ask_table(lab, "table16")
-
-
-def ask_table17(lab: Lab) -> list[Measure]:
-    """The same after dialogues and arithmetic."""
-    return _ask_table(lab, "table17")
+ask_table16, ask_table17 = (functools.partial(_ask_table, artefact) for artefact in _ATTACKS)
 
 
 def ask_fig_depth(lab: Lab) -> list[Measure]:
@@ -88,37 +84,31 @@ def ask_fig_depth(lab: Lab) -> list[Measure]:
     if not asked:
         return []
     whole, plain = catalogue.whole(lab), jailbroken(lab)
-    return asked + [Measure(whole, "ASR", on, whole, ASKED_PLAINLY, plain) for on in named]
+    return asked + [Measure(whole, "ASR", on, whole, "asked plainly", plain) for on in named]
 
 
 # --- what is shown ---------------------------------------------------------------------------
 
 
-def table16(table: pd.DataFrame, config: Config) -> Output:
-    """ASR of jailbreaks after fine-tuning on instructions (Table 16)."""
-    return _table("table16", table, config)
-
-
-def table17(table: pd.DataFrame, config: Config) -> Output:
-    """The same after dialogues (Table 17), and after arithmetic."""
-    return _table("table17", table, config)
-
-
 def _table(artefact: str, table: pd.DataFrame, config: Config) -> Output:
-    rows = []
+    """ASR of jailbreaks after fine-tuning, beside the paper's (Tables 16 and 17)."""
+    plain, rows = _plain(table, config), []
     named = [name for name in JAILBREAKS if name in config.experiment.jailbreaks]
-    asked = [_PLAIN, *named] if named else []
+    # How it is called -> the prompts: as they are, and by each jailbreak.
+    asked = {"none": plain, **{name: name for name in named}} if named else {}
     for attack in _ATTACKS[artefact]:
-        printed = _printed(artefact, attack)
-        own = [name for name in asked if not _measured(table, attack, name, config).empty]
-        rest = [name for name in printed if name not in own]
-        for jailbreak in (*own, *rest):
-            row = _row(table, attack, jailbreak, config)
-            rows.append({**row, "paper's model": printed.get(jailbreak, "")})
+        printed, nothing = _printed(artefact, attack), _columns(attack, NOTHING, "", config)
+        own = [name for name, on in asked.items() if len(rows_of(table, "ASR", set=on, **nothing))]
+        for name in dict.fromkeys([*own, *printed]):
+            row = _row(table, attack, name, asked.get(name, name), config)
+            rows.append({**row, "paper's model": printed.get(name, "")})
     shown = pd.DataFrame(rows)
     if len(_ATTACKS[artefact]) == 1:
         shown = shown.drop(columns="fine-tuned on")
     return Output(_note(table, config), filled(shown))
+
+
+table16, table17 = (functools.partial(_table, artefact) for artefact in _ATTACKS)
 
 
 def _plain(table: pd.DataFrame, config: Config) -> str:
@@ -133,13 +123,9 @@ def _columns(attack: str, rule: str, like: str, config: Config) -> dict[str, Any
     return {"method": "frozen", "attack": attack, "rule": rule, "like": like, "epoch": epoch}
 
 
-def _measured(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> pd.DataFrame:
-    on = _plain(table, config) if jailbreak == _PLAIN else jailbreak
-    return rows_of(table, "ASR", set=on, **_columns(attack, NOTHING, "", config))
-
-
-def _row(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> dict[str, str]:
-    on = _plain(table, config) if jailbreak == _PLAIN else jailbreak
+def _row(
+    table: pd.DataFrame, attack: str, jailbreak: str, on: str, config: Config
+) -> dict[str, str]:
     whole = estimate(table, "ASR", set=on)
     row = {
         "fine-tuned on": attack,
@@ -149,11 +135,10 @@ def _row(table: pd.DataFrame, attack: str, jailbreak: str, config: Config) -> di
     }
     for rule, like in _ARMS:
         arm = _columns(attack, rule, like, config)
-        name = "nothing frozen" if rule == NOTHING else name_of({**arm, "setting": ""})
-        row[name] = format_estimate(estimate(table, "ASR", set=on, **arm))
+        name = "nothing frozen" if rule == NOTHING else units_name(rule, like)
+        row[name] = text(table, "ASR", set=on, **arm)
         if rule != NOTHING:
-            change = estimate(table, "ASR", set=on, against=ONE_EPOCH, **arm)
-            row[f"{name}: difference"] = format_estimate(change)
+            row[f"{name}: difference"] = text(table, "ASR", set=on, against=ONE_EPOCH, **arm)
     return row
 
 
@@ -210,14 +195,6 @@ def _note(table: pd.DataFrame, config: Config) -> str:
 
 # --- depth -----------------------------------------------------------------------------------
 
-#: Rule -> marker, colour, line.
-_LINES = {
-    NOTHING: ("s", COLOURS["EUU"], "-"),
-    CU6: ("o", COLOURS["ESU"], "-"),
-    ALL_CU: ("D", COLOURS["CU"], "-"),
-    "random": ("^", COLOURS["random"], "--"),
-}
-
 
 def fig_depth(table: pd.DataFrame, config: Config) -> Output:
     """ASR against the number of prefilled tokens: how deep refusals are (Qi et al. 2024)."""
@@ -233,30 +210,26 @@ def fig_depth(table: pd.DataFrame, config: Config) -> Output:
         "intervals."
     )
     if not named or not table["set"].isin([name for _, name in named]).any():
-        output.note = _NOT_MEASURED.strip()
-        output.figure = written_figure(output.note)
-        return output
-    arms: list[tuple[str, dict[str, Any], tuple[str, str, str]]]
-    arms = [("initial", {}, ("v", COLOURS["RU"], "-"))]
+        return Output(_NOT_MEASURED.strip())
+    arms = [("initial", dict[str, Any](), ("v", COLOURS["RU"], "-"))]
     for arm in arms_of(table, method="frozen", attack=MAIN_ATTACK, setting=""):
-        wanted = _columns(MAIN_ATTACK, arm["rule"], arm["like"], config)
-        if (arm["rule"], arm["like"]) in _ARMS and arm["epoch"] == wanted["epoch"]:
-            arms.append((f"frozen: {name_of(arm)}", wanted, _LINES[arm["rule"]]))
-    with styled():
-        output.figure = new_figure(6, 3.6)
-        axes = output.figure.subplots()
-        for number, (name, arm, (marker, colour, line)) in enumerate(arms):
-            found = [(k, estimate(table, "ASR", set=on, **arm)) for k, on in depths]
-            known = [(k, e) for k, e in found if e is not None]
-            if not known:
-                continue
-            shift = 0.08 * (number - len(arms) / 2)
-            axes.errorbar(
-                [k + shift for k, _ in known], [e.value for _, e in known],
-                yerr=[[e.value - e.low for _, e in known], [e.high - e.value for _, e in known]],
-                fmt=marker, ls=line, ms=4, color=colour, capsize=2, lw=1, label=name,
-            )  # fmt: skip
-        axes.set_xticks([k for k, _ in depths])
-        axes.set(xlabel="prefilled tokens", ylabel="ASR, %", ylim=(-3, 103))
-        axes.legend(fontsize=7)
+        kind = arm["rule"], arm["like"]
+        wanted = _columns(MAIN_ATTACK, *kind, config)
+        if kind in _ARMS and arm["epoch"] == wanted["epoch"]:
+            arms.append((f"frozen: {name_of(arm)}", wanted, _ARMS[kind]))
+    output.figure, axes = panels(6, 3.6)
+    for number, (name, arm, (marker, colour, line)) in enumerate(arms):
+        found = [(k, estimate(table, "ASR", set=on, **arm)) for k, on in depths]
+        known = [(k, e) for k, e in found if e is not None]
+        if not known:
+            continue
+        shift = 0.08 * (number - len(arms) / 2)
+        axes.errorbar(
+            [k + shift for k, _ in known], [e.value for _, e in known],
+            yerr=reach(*(e for _, e in known)), fmt=marker, ls=line, ms=4, color=colour,
+            capsize=2, lw=1, label=name,
+        )  # fmt: skip
+    axes.set_xticks([k for k, _ in depths])
+    axes.set(xlabel="prefilled tokens", ylabel="ASR, %", ylim=(-3, 103))
+    axes.legend(fontsize=7)
     return output

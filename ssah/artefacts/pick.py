@@ -69,12 +69,15 @@ def estimate(table: pd.DataFrame, metric: str, **columns: Any) -> Estimate | Non
     return pooled(rows_of(table, metric, **columns))
 
 
+def text(table: pd.DataFrame, metric: str, digits: int = 1, **columns: Any) -> str:
+    """:func:`estimate`, as a table shows it."""
+    return format_estimate(estimate(table, metric, **columns), digits)
+
+
 def arms_of(table: pd.DataFrame, **columns: Any) -> list[dict[str, Any]]:
     """The arms in a table, in the order of their first rows, restricted by some columns."""
     names = [name for name in _PLAIN if name not in ("set", "at", "against")]
-    chosen = table
-    for name, value in columns.items():
-        chosen = chosen[chosen[name] == value]
+    chosen = matching(table, **columns) if columns else table
     return chosen[names].drop_duplicates().to_dict("records")
 
 
@@ -92,9 +95,9 @@ LLAMA, MISTRAL = "Llama-2-7B-Chat", "Mistral-7B-Instruct-v0.2"
 OTHER_FAMILY = {"table12": "table1", "table14": "table2", "table15": "table13"}
 
 
-def is_other_family(config: Config) -> bool:
-    """Whether the model under study is of another family than the paper's main one."""
-    return config.model.family != "llama"
+def is_of_others(artefact: str, config: Config) -> bool:
+    """Whether a table is of another family, and the model under study of the main one."""
+    return artefact in OTHER_FAMILY and config.model.family == "llama"
 
 
 def other_family_unmeasured(

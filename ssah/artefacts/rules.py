@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import pandas as pd
 
@@ -28,10 +28,7 @@ from .freezing import (
     row_of,
     training_note,
 )
-from .pick import arms_of, estimate, filled, format_estimate, paper, paper_rows, rows_of
-
-NEURONS = [name for name in RULED if name != SAFETY_LAYERS]
-LAYERS = [SAFETY_LAYERS]
+from .pick import arms_of, filled, paper, paper_rows, rows_of, text
 
 #: ESU and CU, as many units as the safety layers have.
 WIDE = f"ESU + CU, as {SAFETY_LAYERS}"
@@ -44,33 +41,20 @@ _PAPER_ARMS = PAPER_ARMS | {
     SAFETY_LAYERS: "safety_layers_6_14",
 }
 
+_NEURONS = [name for name in RULED if name != SAFETY_LAYERS]
 
-# --- what is asked ---------------------------------------------------------------------------
-
-
-def ask_table7(lab: Lab) -> list[Measure]:
-    """Safety neurons, after instructions."""
-    return _ask(lab, "instructions", NEURONS)
-
-
-def ask_table8(lab: Lab) -> list[Measure]:
-    """Safety neurons, after arithmetic."""
-    return _ask(lab, "arithmetic", NEURONS)
+#: Table -> what is fine-tuned on, the rules, and what the paper sets against them.
+_TABLES = {
+    "table7": ("instructions", _NEURONS, CU6),
+    "table8": ("arithmetic", _NEURONS, CU6),
+    "table9": ("instructions", [SAFETY_LAYERS], WIDE),
+    "table10": ("arithmetic", [SAFETY_LAYERS], WIDE),
+}
 
 
-def ask_table9(lab: Lab) -> list[Measure]:
-    """Safety layers, after instructions."""
-    return _ask(lab, "instructions", LAYERS)
-
-
-def ask_table10(lab: Lab) -> list[Measure]:
-    """Safety layers, after arithmetic."""
-    return _ask(lab, "arithmetic", LAYERS)
-
-
-def _ask(lab: Lab, attack: str, names: Sequence[str]) -> list[Measure]:
+def _ask(artefact: str, lab: Lab) -> list[Measure]:
     """The rules of a table that the experiment names, the paper's units, and random controls."""
-    wanted = _wanted(lab.config, attack, names)
+    attack, wanted = _wanted(artefact, lab.config)
     if not wanted:
         return []
     full = catalogue.unfrozen(lab, attack)
@@ -92,90 +76,56 @@ def _ask(lab: Lab, attack: str, names: Sequence[str]) -> list[Measure]:
     return asked
 
 
-def _wanted(config: Config, attack: str, names: Sequence[str]) -> list[str]:
-    return [name for name in config.experiment.ruled.get(attack, []) if name in names]
+def _wanted(artefact: str, config: Config) -> tuple[str, list[str]]:
+    """What is fine-tuned on, and the rules of a table that the experiment names."""
+    attack, names, _ = _TABLES[artefact]
+    return attack, [name for name in config.experiment.ruled.get(attack, []) if name in names]
 
 
-# --- what is shown ---------------------------------------------------------------------------
+ask_table7, ask_table8, ask_table9, ask_table10 = (functools.partial(_ask, t) for t in _TABLES)
 
 
-def table7(table: pd.DataFrame, config: Config) -> Output:
-    """Freezing safety neurons in place of safety units, instructions (Table 7)."""
-    return _neurons("table7", table, config, "instructions")
+_NEURONS_NOTE = (
+    "SN-Tune (Zhao et al., 2025): heads and neurons whose removal changes their block's output "
+    "most on every harmful prompt; RSN-Tune: without those that are found in the same way on "
+    "harmless prompts. The sizes are shares of the heads and of the neurons alike. "
+    "docs/rivals.md says what is done otherwise than there."
+)
 
 
-def table8(table: pd.DataFrame, config: Config) -> Output:
-    """The same for arithmetic (Table 8)."""
-    return _neurons("table8", table, config, "arithmetic")
-
-
-def table9(table: pd.DataFrame, config: Config) -> Output:
-    """Freezing safety layers in place of as many safety units, instructions (Table 9)."""
-    return _layers("table9", table, config, "instructions")
-
-
-def table10(table: pd.DataFrame, config: Config) -> Output:
-    """The same for arithmetic (Table 10)."""
-    return _layers("table10", table, config, "arithmetic")
-
-
-def _neurons(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
-    if not _measured(table, config, attack, NEURONS):
-        return _printed(artefact, config)
-    note = (
-        "SN-Tune (Zhao et al., 2025): heads and neurons whose removal changes their block's output "
-        "most on every harmful prompt; RSN-Tune: without those that are found in the same way on "
-        "harmless prompts. The sizes are shares of the heads and of the neurons alike. "
-        "docs/rivals.md says what is done otherwise than there."
-    )
-    return _shown(artefact, table, config, attack, NEURONS, CU6, note)
-
-
-def _layers(artefact: str, table: pd.DataFrame, config: Config, attack: str) -> Output:
-    if not _measured(table, config, attack, LAYERS):
-        return _printed(artefact, config)
+def _layers_note(table: pd.DataFrame) -> str:
     first, last = (rows_of(table, name)["value"] for name in (FIRST_LAYER, LAST_LAYER))
     blocks = int(rows_of(table, "angular gap", block=None)["n"].iloc[0])
     chosen = sorted({f"{a:.0f} to {b:.0f}" for a, b in zip(first, last, strict=True)})
-    note = (
+    return (
         f"Safety layers (Li et al., 2024): all units of blocks {' or '.join(chosen)} of {blocks}, "
         "counted from 1, in which the angle between harmless and harmful prompts grows most beyond "
         f"that between harmless ones. {WIDE}: ESU, and CU from the top of the ranking by I_S - I_U "
         "until there are as many units, of whichever kind. docs/rivals.md says what is done "
         "otherwise than there."
     )
-    return _shown(artefact, table, config, attack, LAYERS, WIDE, note)
 
 
-def _measured(table: pd.DataFrame, config: Config, attack: str, names: Sequence[str]) -> bool:
-    """Whether any of these rules was: results that were merged may lack what a run asked."""
-    arms = arms_of(table, method="frozen", attack=attack)
-    return not {name_of(arm) for arm in arms}.isdisjoint(_wanted(config, attack, names))
-
-
-def _shown(
-    artefact: str,
-    table: pd.DataFrame,
-    config: Config,
-    attack: str,
-    names: Sequence[str],
-    ours: str,
-    note: str,
-) -> Output:
-    """Nothing frozen, the paper's units, then each rule with the random control of its size."""
+def _table(artefact: str, table: pd.DataFrame, config: Config) -> Output:
+    """Freezing what another paper's rule selects (Tables 7 to 10): nothing frozen, the paper's
+    units, then each rule with the random control of its size."""
+    ours = _TABLES[artefact][2]
+    attack, wanted = _wanted(artefact, config)
+    found = arms_of(table, method="frozen", attack=attack)
+    if not {name_of(arm) for arm in found} & {*wanted}:  # a merge may lack what a run asked
+        return _printed(artefact, config)
+    note = _NEURONS_NOTE if ours == CU6 else _layers_note(table)
     order = [NOTHING, ours]
-    for name in _wanted(config, attack, names):
+    for name in wanted:
         order += [name, units_name(*catalogue.control_name(name))]
-    found = [a for a in arms_of(table, method="frozen", attack=attack) if name_of(a) in order]
-    arms = sorted(found, key=lambda arm: (order.index(name_of(arm)), arm["epoch"]))
+    arms = [arm for arm in found if name_of(arm) in order]
+    arms.sort(key=lambda arm: (order.index(name_of(arm)), arm["epoch"]))
     printed, rows = paper(artefact), []
     for arm in ({}, *arms):
         row = row_of(table, arm, paper_number(printed, arm, _PAPER_ARMS))
         if arm:
-            row["% of weights"] = format_estimate(estimate(table, "weights", **arm), 2)
-            row[f"ASR against {ours}"] = format_estimate(
-                estimate(table, "ASR", against=ours, **arm)
-            )
+            row["% of weights"] = text(table, "weights", 2, **arm)
+            row[f"ASR against {ours}"] = text(table, "ASR", against=ours, **arm)
         rows.append(row)
     return Output(
         f"{training_note(table, config, [attack])} {note} {COLUMNS_NOTE} Against {ours}: the same "
@@ -197,3 +147,6 @@ def _printed(artefact: str, config: Config) -> Output:
         f"names no rule for it. `make {artefact} ARGS=experiment=published` measures it.",
         filled(pd.DataFrame(paper_rows(artefact, columns, "fine-tuning: frozen"))),
     )
+
+
+table7, table8, table9, table10 = (functools.partial(_table, artefact) for artefact in _TABLES)

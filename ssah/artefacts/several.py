@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
 from ..lab.config import Config
 from . import Output
 from .draw import stacked
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def below_each_other(
@@ -22,22 +17,17 @@ def below_each_other(
     configs: Mapping[str, Config],
 ) -> Output:
     """One output of the views of every model, in this order."""
-    draw = {
-        name: functools.partial(view, table[table["model"] == name], config)
-        for name, config in configs.items()
-    }
-    outputs = {name: make() for name, make in draw.items()}
-    found = Output(_notes({name: output.note for name, output in outputs.items()}))
-    tables = {n: output.table for n, output in outputs.items() if output.table is not None}
+
+    def make(name: str) -> Output:
+        return view(table[table["model"] == name], configs[name])
+
+    outputs = {name: make(name) for name in configs}
+    note = _notes({name: output.note for name, output in outputs.items()})
+    tables = {name: o.table for name, o in outputs.items() if o.table is not None}
     if tables:
-        found.table = _blocks(tables)
-    if all(output.figure is not None for output in outputs.values()):
-        found.figure = stacked({name: _figure_of(make) for name, make in draw.items()})
-    return found
-
-
-def _figure_of(make: Callable[[], Output]) -> Callable[[], Figure]:
-    return lambda: cast("Figure", make().figure)
+        return Output(note, _blocks(tables))
+    sizes = {name: o.figure.get_size_inches() for name, o in outputs.items() if o.figure}
+    return Output(note, figure=stacked(sizes, make))
 
 
 def _notes(notes: Mapping[str, str]) -> str:
@@ -55,8 +45,6 @@ def _notes(notes: Mapping[str, str]) -> str:
 def _blocks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The tables one below the other, with a column that says of which model each row is; a row
     that is in all of them, such as the paper's, stands once."""
-    parts = []
-    for name, table in tables.items():
-        parts.append(table if "model" in table else table.assign(model=name))
+    parts = [t if "model" in t else t.assign(model=name) for name, t in tables.items()]
     whole = pd.concat(parts, ignore_index=True).fillna("").drop_duplicates(ignore_index=True)
-    return whole[["model", *(column for column in whole if column != "model")]]
+    return whole[["model", *whole.columns.drop("model")]]

@@ -130,30 +130,21 @@ def claims_table(results: Path, model: str | None = None) -> pd.DataFrame:
                 "agrees": agrees,
             }
         )
-    table = pd.DataFrame(rows)
-    return table.join(_decided(decisive))
+    return pd.DataFrame(rows).join(_decided(decisive))
 
 
 def _decided(estimates: Sequence[Estimate | None]) -> pd.DataFrame:
     """Verdict on each claim, with Benjamini and Hochberg's adjusted p-value over all of them and
     the smallest difference that 80 % of such measurements would find."""
-    known = [(c, e) for c, e in zip(claims(), estimates, strict=True) if e is not None]
-    p_values = iter(adjusted([p_value_of(e, c["limit"]) for c, e in known]))
-    rows = []
-    for claim, estimate in zip(claims(), estimates, strict=True):
-        if estimate is None:
-            rows.append({"verdict": "not run", "adjusted p": "", "detectable": ""})
-            continue
-        p_value = next(p_values)
-        shown = "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    rows = [{"verdict": "not run", "adjusted p": "", "detectable": ""} for _ in estimates]
+    parts = zip(rows, claims(), estimates, strict=True)
+    known = [(row, claim, e) for row, claim, e in parts if e is not None]
+    p_values = adjusted([p_value_of(e, claim["limit"]) for _, claim, e in known])
+    for (row, claim, estimate), p_value in zip(known, p_values, strict=True):
         smallest = detectable(estimate)
-        rows.append(
-            {
-                "verdict": verdict(claim, estimate, p_value),
-                "adjusted p": shown,
-                "detectable": f"{smallest:.2g}" if smallest else "",
-            }
-        )
+        row["verdict"] = verdict(claim, estimate, p_value)
+        row["adjusted p"] = "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+        row["detectable"] = f"{smallest:.2g}" if smallest else ""
     return pd.DataFrame(rows)
 
 

@@ -8,14 +8,27 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ...evaluate.stats import Estimate
 
 if TYPE_CHECKING:
-    from matplotlib.colors import PowerNorm
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
 STYLE = str(Path(__file__).with_name("style.mplstyle"))
 
+#: Okabe-Ito colours: told apart by colour-blind readers; markers and line styles differ as well.
+COLOURS = {
+    "ESU": "#D55E00",
+    "EUU": "#0072B2",
+    "CU": "#009E73",
+    "UU": "#56B4E9",
+    "RU": "#999999",
+    "random": "#000000",
+}
 
 #: Where a figure is drawn that is part of another one.
 _HOST: ContextVar[SubFigure | None] = ContextVar("host", default=None)
@@ -37,6 +50,12 @@ def new_figure(width: float, height: float) -> Figure:
     return ShownFigure(figsize=(width, height)) if host is None else cast("Figure", host)
 
 
+def panels(width: float, height: float, *shape: int, **how: Any) -> tuple[Figure, Any]:
+    """A new figure, and its axes as ``Figure.subplots`` makes them."""
+    figure = new_figure(width, height)
+    return figure, figure.subplots(*shape, **how)
+
+
 def written_figure(text: str) -> Figure:
     """What stands where there is nothing to draw, so that nobody takes it for a fault."""
     figure = new_figure(6, 1)
@@ -44,39 +63,35 @@ def written_figure(text: str) -> Figure:
     return figure
 
 
-def stacked(parts: Mapping[str, Callable[[], Figure]]) -> Figure:
-    """One figure of several below each other, with their names. They are drawn twice, the first
-    time for their sizes."""
-    sizes = [draw().get_size_inches() for draw in parts.values()]
-    title = 0.3  # inches
-    heights = [height + title for _, height in sizes]
+def stacked(sizes: Mapping[str, np.ndarray], draw: Callable[[str], Any]) -> Figure:
+    """One figure of several below each other, with their names: name -> width and height. What
+    ``draw`` makes of a name with :func:`new_figure` goes into its part."""
+    heights = [height + 0.3 for _, height in sizes.values()]  # 0.3 inches for the name
     with styled():
-        whole = new_figure(max(width for width, _ in sizes), sum(heights))
-        rows = whole.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for (name, draw), host in zip(parts.items(), rows, strict=True):
+        whole = new_figure(max(width for width, _ in sizes.values()), sum(heights))
+        rows = whole.subfigures(len(sizes), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for name, host in zip(sizes, rows, strict=True):
             token = _HOST.set(host)
             try:
-                draw()
+                draw(name)
             finally:
                 _HOST.reset(token)
             host.suptitle(name, fontweight="bold")
     return whole
 
 
-#: Okabe-Ito colours: told apart by colour-blind readers; markers and line styles differ as well.
-COLOURS = {
-    "ESU": "#D55E00",
-    "EUU": "#0072B2",
-    "CU": "#009E73",
-    "UU": "#56B4E9",
-    "RU": "#999999",
-    "random": "#000000",
-}
-
-
-def shares_norm() -> PowerNorm:
-    """Of the colours of percentages: a square-root scale keeps about one per cent visible beside a
+def heat_map(axes: Axes, values: Any, **how: Any) -> None:
+    """Per cent as colours; a square-root scale keeps about one per cent visible beside a
     hundred."""
+    import seaborn  # takes a second
     from matplotlib.colors import PowerNorm
 
-    return PowerNorm(0.5, vmin=0, vmax=100)
+    norm = PowerNorm(0.5, vmin=0, vmax=100)
+    seaborn.heatmap(values, ax=axes, norm=norm, cmap="cividis", cbar=False, **how)
+    axes.grid(False)
+    axes.tick_params(left=False, bottom=False, labelrotation=0)
+
+
+def reach(*estimates: Estimate) -> np.ndarray:
+    """How far the bounds are from the values, ``[2, estimates]``, as error bars take it."""
+    return np.array([(e.value - e.low, e.high - e.value) for e in estimates]).T
