@@ -22,7 +22,7 @@ from ..lab.catalogue import headline
 from ..lab.config import sweep_points, with_absolute_paths
 from ..lab.measure import Measure, collect
 from ..lab.metrics.behaviour import said
-from ..lab.table import merged, read_table, same_subjects, typed, write_table
+from ..lab.table import merged, read_shown, read_table, same_subjects, write_table
 from . import report
 from .notebooks import available, execute, execute_all
 from .processes import side_by_side
@@ -194,8 +194,8 @@ def merge(folders: Sequence[Path], target: Path) -> None:
     for artefact in ARTEFACTS.values():
         parts = [p for f in folders if (p := f / "tables" / f"{artefact.id}.csv").exists()]
         if parts:
-            shown = pd.concat([pd.read_csv(part) for part in parts])
-            write_output(study, artefact, same_subjects(whole, typed(shown)))
+            shown = pd.concat([read_shown(part) for part in parts])
+            write_output(study, artefact, same_subjects(whole, shown))
     write_table(whole, target)
     if publishing:
         report.refresh_published()

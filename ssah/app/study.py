@@ -29,7 +29,15 @@ from ..lab.config import Config, compose, joint
 from ..lab.jobs import FIRST, Job, costs, jobs_of
 from ..lab.lab import Lab
 from ..lab.measure import Measure, measured
-from ..lab.table import merged, read_table, same_subjects, typed, updated, write_table
+from ..lab.table import (
+    merged,
+    read_shown,
+    read_table,
+    same_subjects,
+    typed,
+    updated,
+    write_table,
+)
 from .processes import run_jobs
 
 if TYPE_CHECKING:
@@ -222,7 +230,7 @@ def drawn(study: Study, artefact: Artefact) -> Output:
     """An artefact as a results folder has it; where that lacks it, the paper's numbers alone."""
     table, path = read_table(study.results), study.results / "tables" / f"{artefact.id}.csv"
     if path.exists():
-        return artefact.view(same_subjects(table, typed(pd.read_csv(path))), study.configs)
+        return artefact.view(same_subjects(table, read_shown(path)), study.configs)
     if artefact.id.startswith("table"):
         return artefact.view(table[:0], study.configs)
     return artefact.empty(f"{artefact.id} is not in the results of {study.results.name}.")

@@ -42,6 +42,10 @@ _SHOWN: list[tuple[str, dict[str, Any]]] = [
         "the same, a tenth of the rows refusals",
         _TUNED | {"method": "defended", "rule": "mixing", "setting": "10 %"},
     ),
+    (
+        "the same, every fifth step on refusals",
+        _TUNED | {"method": "defended", "rule": "Lisa", "setting": "1"},
+    ),
 ]
 
 

@@ -36,6 +36,12 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def read_shown(path: Path) -> pd.DataFrame:
+    """The measurements behind one artefact, as they were written beside it. A text that looks like
+    a number, such as the strength "1", stays a text."""
+    return typed(pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str)))
+
+
 def merged(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Rows of all tables; where several measured the same, the first one's.
 

@@ -8,7 +8,16 @@ import pandas as pd
 import pytest
 
 from ssah.core.errors import SsahError
-from ssah.lab.table import COLUMNS, merged, read_table, typed, updated, write_table
+from ssah.lab.table import (
+    COLUMNS,
+    merged,
+    read_shown,
+    read_table,
+    same_subjects,
+    typed,
+    updated,
+    write_table,
+)
 
 
 def row(seed: int, value: float, **columns) -> dict:
@@ -57,3 +66,9 @@ def test_a_table_survives_writing(tmp_path):
     write_table(found, tmp_path)
     pd.testing.assert_frame_equal(read_table(tmp_path), found)
     assert read_table(tmp_path / "nothing").empty
+
+
+def test_what_an_artefact_shows_is_found_again_where_a_text_looks_like_a_number(tmp_path):
+    found = table(row(0, 1.0, setting="1"), row(1, 2.0, setting="1"))
+    found.to_csv(tmp_path / "shown.csv", index=False)
+    assert len(same_subjects(found, read_shown(tmp_path / "shown.csv"))) == 2
