@@ -195,7 +195,7 @@ def _training(name: str, profile: str, overrides: Sequence[str]) -> Iterator[Tra
                 model, batch, defence.reference, defence.anchor_weight, weigh
             )
             (total / tokens).backward()
-            at = Step(model, optimizer, next(numbers), ROWS, max_norm=1.0)
+            at = Step(model, optimizer, next(numbers), ROWS, ROWS, max_norm=1.0)
             defence.before_step(at)
             optimizer.step()
             defence.after_step(at)

@@ -87,12 +87,17 @@ def summed_loss(
     return total, scored.sum()
 
 
-def mean_loss(
-    model: PreTrainedModel, dialogues: Dialogues, reference: PreTrainedModel | None = None
-) -> Tensor:
-    """Mean loss in nats per response token: of the tokens as they are, or with a ``reference`` the
-    divergence from it."""
-    rows = as_rows(dialogues) if reference is None else as_rows((), dialogues)
-    batch = {name: part.to(model.device) for name, part in collate(rows).items()}
-    total, tokens = summed_loss(model, batch, reference)
-    return total / tokens
+def add_gradient(
+    model: PreTrainedModel,
+    dialogues: Dialogues,
+    at_once: int,
+    reference: PreTrainedModel | None = None,
+) -> None:
+    """Add the gradient of the mean loss in nats per response token: of the tokens as they are, or
+    with a ``reference`` the divergence from it. ``at_once`` dialogues are in memory at a time."""
+    tokens = sum(len(response) for _, response in dialogues)
+    for start in range(0, len(dialogues), at_once):
+        part = dialogues[start : start + at_once]
+        rows = as_rows(part) if reference is None else as_rows((), part)
+        batch = {name: values.to(model.device) for name, values in collate(rows).items()}
+        (summed_loss(model, batch, reference)[0] / tokens).backward()

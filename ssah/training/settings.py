@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ..core.valid import within
 
+#: Of Lisa (:mod:`ssah.training.defences.lisa`): steps on rows between two steps on refusals.
+LISA_PERIOD = 4
+
 
 @dataclass
 class TrainingConfig:

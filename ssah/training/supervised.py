@@ -93,8 +93,9 @@ class _Along(TrainerCallback):
 
     @staticmethod
     def _step(args, state, model=None, optimizer=None, **rest) -> Step:
-        rows = args.per_device_train_batch_size
-        return Step(model, optimizer, state.global_step, rows, args.max_grad_norm)
+        at_once = args.per_device_train_batch_size
+        rows = at_once * args.gradient_accumulation_steps
+        return Step(model, optimizer, state.global_step, rows, at_once, args.max_grad_norm)
 
 
 def supervised_finetune(

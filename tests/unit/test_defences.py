@@ -26,7 +26,7 @@ from ssah.core.paths import conf_dir
 from ssah.training import defences, supervised
 from ssah.training.defences import DEFENCES, Defence
 from ssah.training.defences.base import Step, trained
-from ssah.training.loss import collate, mean_loss, summed_loss
+from ssah.training.loss import add_gradient, collate, summed_loss
 from ssah.training.slicing import freeze_units
 from ssah.training.supervised import supervised_finetune
 from ssah.units.layout import UnitLayout
@@ -49,7 +49,7 @@ def pair(families) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 def step_of(model: PreTrainedModel, number: int = 0, max_norm: float = 1e9) -> Step:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Step(model, optimizer, number, rows=4, max_norm=max_norm)
+    return Step(model, optimizer, number, rows=4, at_once=3, max_norm=max_norm)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def test_each_module_is_a_defence_and_the_published_study_has_it():
 
 def test_no_defence_does_nothing(pair):
     model, _ = pair
-    mean_loss(model, PAIRS).backward()
+    add_gradient(model, PAIRS, 99)
     before, gradient = weights(model), gradients(model)
     none = Defence()
     none.begin(model)
@@ -183,7 +183,7 @@ def test_lisa_draws_back_and_aligns_every_fourth_step(pair):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    mean_loss(model, PAIRS).backward()
+    add_gradient(model, PAIRS, 99)
     task = gradients(model)
     lisa.before_step(step_of(model))
     for name, gradient in gradients(model).items():
@@ -196,7 +196,7 @@ def test_lisa_draws_back_and_aligns_every_fourth_step(pair):
     assert all(torch.equal(weights(model)[name], before[name]) for name in before)
     at = step_of(model, 3)
     model.zero_grad()
-    mean_loss(model, lisa.refusals_for(at)).backward()
+    add_gradient(model, lisa.refusals_for(at), 99)
     expected = {n: before[n] - 0.1 * g for n, g in gradients(model).items()}
     lisa.after_step(at)
     for name, weight in expected.items():
@@ -209,10 +209,10 @@ def test_safegrad_takes_out_what_works_against_refusals(pair, against):
     model, before = pair
     safegrad = DEFENCES["SafeGrad"](0.5, REFUSALS, before)
     at = step_of(model)
-    mean_loss(model, safegrad.refusals_for(at), before).backward()
+    add_gradient(model, safegrad.refusals_for(at), 99, before)
     alignment = gradients(model)
     model.zero_grad()
-    mean_loss(model, PAIRS).backward()
+    add_gradient(model, PAIRS, 99)
     for name, a in alignment.items():  # a task that surely conflicts, or surely does not
         model.get_parameter(name).grad.add_(a, alpha=-50.0 if against else 50.0)
     task = flat(gradients(model))
@@ -224,9 +224,20 @@ def test_safegrad_takes_out_what_works_against_refusals(pair, against):
     torch.testing.assert_close(found, kept + 0.5 * a, rtol=1e-5, atol=1e-7)
     if against:
         assert abs((found - 0.5 * a) @ a) < 1e-6 * (a @ a)
-    mean_loss(model, PAIRS).backward()
+    add_gradient(model, PAIRS, 99)
     safegrad.before_step(step_of(model, max_norm=0.25))
     assert flat(gradients(model)).norm() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_gradient_is_the_same_in_parts(pair):
+    model, before = pair
+    for reference in (None, before):
+        found = []
+        for at_once in (99, 5):
+            model.zero_grad()
+            add_gradient(model, PAIRS, at_once, reference)
+            found.append(flat(gradients(model)))
+        torch.testing.assert_close(*found)
 
 
 def test_refusals_differ_by_step_and_are_the_same_again():

@@ -24,6 +24,7 @@ from ssah.app.protect.measure import Losses, Measured, Rates
 from ssah.app.protect.protect import divided
 from ssah.app.protect.report import NUMBERS, PAGE, comparison
 from ssah.app.protect.schedule import Schedule, Step, spoken
+from ssah.app.protect.settings import Settings
 from ssah.app.protect.subject import Sizes, micro_batch, training_gb
 from ssah.app.protect.train import mixed
 from ssah.core.errors import SsahError
@@ -123,6 +124,10 @@ def test_a_setting_that_does_not_exist_or_fit(toy, chat_model):
         run(chat_model, toy, sharr=0.1)
     with pytest.raises(SsahError, match="defence='mixin' is unknown: did you mean 'mixing'"):
         run(chat_model, toy, defence="mixin")
+    with pytest.raises(SsahError, match=r"share says .* defence=freeze mixes none in"):
+        run(chat_model, toy, defence="freeze", share=0.1)
+    with pytest.raises(SsahError, match="32 rows make 2 of 16 rows: bring more rows, take a"):
+        run(chat_model, toy, defence="Lisa", batch_size=16)
     with pytest.raises(SsahError, match=r"max_tokens=600 is more than .* can read \(512\)"):
         run(chat_model, toy, max_tokens=600)
 
@@ -161,11 +166,11 @@ def test_too_small_a_gpu(monkeypatch):
     llama = Sizes(6_738_000_000, 32, 4096, 11008, 32000, 4096)
     subject = SimpleNamespace(name="llama", device=torch.device("cuda"), sizes=llama)
     with pytest.raises(SsahError, match=r"6\.74 billion .* needs 11\d\.\d GB .* the GPU has 20\.0"):
-        micro_batch(subject, 8, 512)
+        micro_batch(subject, Settings(defence="none"), 512)
     smaller = SimpleNamespace(
         **vars(subject) | {"sizes": Sizes(494_000_000, 24, 896, 4864, 151_936, 4096)}
     )
-    assert micro_batch(smaller, 8, 512) == 4
+    assert micro_batch(smaller, Settings(defence="none"), 512) == 4
 
 
 def test_a_folder_with_other_files_is_left_alone(toy, chat_model):
@@ -216,8 +221,7 @@ def test_before_after_and_plain_side_by_side(toy, chat_model):
         ("after", "before"), ("plain", "before"), ("after", "plain"),
     }  # fmt: skip
     assert data["facts"]["Rows"]["learned from"] == 32
-    assert data["facts"]["Defence"]["refusals among the rows"].startswith("3 beside 32 rows")
-    assert data["facts"]["Settings"]["share"] == 0.1
+    assert data["facts"]["Defence"]["its own refusals"].startswith("8 beside 32 rows")
     assert {"training, after (s)", "training, plain (s)"} <= set(data["facts"]["Cost"])
     assert any(limit.startswith("Jailbreaks") for limit in data["limits"])
     again = run(chat_model, toy, compare=True)
@@ -271,6 +275,19 @@ def test_adapters_load_in_peft_and_are_what_was_measured(toy, chat_model):
         run(chat_model, toy, lora=4, defence="freeze")
 
 
+@pytest.mark.parametrize("lora", [None, 4])
+def test_steps_on_its_own_refusals_make_another_model(toy, chat_model, lora):
+    report = run(chat_model, toy, defence="Lisa", lora=lora, batch_size=4, compare=True)
+    made = {}
+    for run_of in ("Lisa", "none"):
+        (path,) = (toy / "home" / "runs").glob(f"protected_{run_of}-*/model.safetensors")
+        made[run_of] = load_file(path)
+    assert any(not torch.equal(made["none"][name], part) for name, part in made["Lisa"].items())
+    said = report.facts["Defence"]["its own refusals"]
+    assert re.match(r"\d+ in 2 steps, beside 8 steps on rows", said)
+    assert report.facts["Defence"]["what"].startswith("after every fourth step")
+
+
 def test_a_loaded_model_is_left_as_it_is(toy, chat_model):
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
@@ -302,12 +319,16 @@ def test_no_more_prompts_are_asked_than_bring_enough_refusals(toy, chat_model, m
     monkeypatch.setattr("ssah.app.protect.protect.refusal_pairs", all_of_them)
     run(chat_model, toy, share=0.1)
     data = json.loads((toy / "out" / "report.json").read_text())
-    assert data["facts"]["Defence"]["refusals among the rows"].startswith("3 beside 32 rows")
+    assert data["facts"]["Defence"]["its own refusals"].startswith("3 beside 32 rows")
     assert asked == [6], "twice as many as are learned"
 
 
-def test_a_kill_in_the_middle_of_training_costs_one_checkpoint(toy, chat_model, monkeypatch):
-    whole = run(chat_model, toy, epochs=2)
+@pytest.mark.parametrize(("defence", "steps"), [("mixing", 10), ("Lisa", 8)])
+def test_a_kill_in_the_middle_of_training_costs_one_checkpoint(
+    toy, chat_model, monkeypatch, defence, steps
+):
+    settings = {"epochs": 2, "defence": defence}
+    whole = run(chat_model, toy, **settings)
     made = load_file(toy / "out" / "model.safetensors")
     monkeypatch.setenv("SSAH_HOME", str(toy / "other"))
     begun: list[int] = []
@@ -319,12 +340,14 @@ def test_a_kill_in_the_middle_of_training_costs_one_checkpoint(toy, chat_model, 
 
     monkeypatch.setattr(supervised._Along, "on_step_begin", at_step)
     with pytest.raises(Interruption):
-        run(chat_model, toy, epochs=2)
+        run(chat_model, toy, **settings)
     kept = {path: path.stat().st_mtime_ns for path in (toy / "other").glob("runs/*/answers.json")}
     assert len(kept) == 6  # a first look, three sets, its own refusals: of some prompts, of all
-    assert list((toy / "other").glob("runs/protected_mixing-*.partial/checkpoints/checkpoint-6"))
-    again = run(chat_model, toy, epochs=2)
-    assert begun == [*range(7), *range(6, 10)]
+    assert list(
+        (toy / "other").glob(f"runs/protected_{defence}-*.partial/checkpoints/checkpoint-6")
+    )
+    again = run(chat_model, toy, **settings)
+    assert begun == [*range(7), *range(6, steps)]
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert again.data()["measured"] == whole.data()["measured"]
     resumed = load_file(toy / "out" / "model.safetensors")
@@ -472,10 +495,12 @@ def test_a_schedule_learns_how_long_things_take():
 
 
 def test_memory_is_sixteen_bytes_a_parameter_and_the_activations():
-    sizes = Sizes(1_000_000_000, 2, 64, 128, 100, 512)
-    assert training_gb(sizes, 0) == 16
-    assert training_gb(sizes, 0, lora=8) == 4 + 16 * 8 * 2 * (11 * 64 + 3 * 128) / 1e9
-    more = training_gb(sizes, 1_000_000) - 16
+    sizes, mixing = Sizes(1_000_000_000, 2, 64, 128, 100, 512), Settings(defence="mixing")
+    assert training_gb(sizes, 0, mixing) == 16
+    assert training_gb(sizes, 0, Settings(defence="Lisa")) == 20
+    adapters = 16 * 8 * 2 * (11 * 64 + 3 * 128) / 1e9
+    assert training_gb(sizes, 0, Settings(defence="mixing", lora=8)) == 4 + adapters
+    more = training_gb(sizes, 1_000_000, mixing) - 16
     assert more == pytest.approx(4 * (2 * (9.1 * 64 + 4 * 128) + 300) / 1000)
 
 
@@ -496,7 +521,7 @@ def test_the_activations_are_those_that_autograd_saves(families):
         logits = scored_logits(model, ids, torch.ones_like(ids), scored)
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][scored])
     assert loss.requires_grad
-    planned = training_gb(Sizes(0, 2, 64, 128, 40, 64), 64) * 1e9
+    planned = training_gb(Sizes(0, 2, 64, 128, 40, 64), 64, Settings()) * 1e9
     found = sum(size for size, _ in saved.values())
     assert found < 1.1 * planned
     assert planned < 1.5 * found

@@ -17,7 +17,7 @@ from .settings import DEFENCES, Settings
 #: Setting -> what its option says.
 SAID = {
     "defence": f"{', '.join(DEFENCES)}.",
-    "share": "Refusals that are mixed in, as a fraction of the rows.",
+    "share": "Refusals that mixing puts among the rows, as a fraction of them  [default: 0.25]",
     "epochs": "How often the rows are learned.",
     "learning_rate": "At the beginning; it falls to nothing  [default: 2e-5, with --lora 2e-4]",
     "batch_size": "Rows a step.",
@@ -25,6 +25,9 @@ SAID = {
     "seed": "Of what is drawn.",
     "lora": "Train LoRA adapters of this rank, which peft loads, in the model's place.",
 }
+
+#: The types of those that have no default to tell it by.
+WITHOUT_DEFAULT = {"share": float, "learning_rate": float, "lora": int}
 
 #: What memory is spent on, in a study and where a model of one's own is protected.
 BATCHES = (
@@ -44,7 +47,7 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
     for name in reversed(SAID):
         option = f"--{name.replace('_', '-')}"
         default = getattr(Settings, name)
-        kind = {"learning_rate": float, "lora": int}.get(name)  # have no default to tell it by
+        kind = WITHOUT_DEFAULT.get(name)
         function = click.option(
             option, type=kind, default=default, show_default=True, help=SAID[name]
         )(function)

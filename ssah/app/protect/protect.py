@@ -23,6 +23,7 @@ from ...evaluate import judges
 from ...evaluate.judges import Completion
 from ...lab.load import Checkpoint
 from ...text.chat import Pair
+from ...training.settings import LISA_PERIOD
 from ...units.layout import UnitLayout
 from . import measure as measuring
 from .measure import Arm, Measured, Prompts, Question, measure, questions, spread, tokens_of
@@ -43,10 +44,11 @@ from .train import (
     ADAPTER,
     PAIRS_FOR_UNITS,
     REFUSAL_TOKENS,
-    count_mixed,
+    count_refusals,
+    count_steps,
     encode_refusals,
     encode_rows,
-    mixed_in,
+    learned_refusals,
     refusal_pairs,
     tuned,
 )
@@ -95,7 +97,7 @@ def protect(
     ``model`` is a folder, a hub id or an embedded model's name (then ``tokenizer`` is None), or a
     loaded model, which is left as it is. ``rows`` are a file (JSONL, CSV, Parquet), or records or
     (prompt, response) pairs. ``settings`` are the fields of
-    :class:`ssah.app.protect.settings.Settings`, such as ``defence="freeze+mixing"``; up to
+    :class:`ssah.app.protect.settings.Settings`, such as ``defence="mixing"``; up to
     ``prompts`` are asked a set; with ``compare`` the model is also fine-tuned without a defence;
     ``show`` puts so many completions a set into the report; with ``dry_run`` nothing is trained,
     few prompts are asked, and the report says how long all would take.
@@ -122,7 +124,7 @@ def protect(
     _require_refusals(subject, measured["before"])
     refusals: list[Pair] = []
     inputs: tuple[str, ...] = ()
-    if chosen.mixes or chosen.freezes:
+    if chosen.defence != "none":
         refusals, inputs = _own_refusals(before, work, schedule)
     before.drop()
     trainings, trained = {}, {}
@@ -233,12 +235,18 @@ def _prepared(
             "max_tokens."
         )
     longest = max(len(p) + len(r) for p, r in taught)
-    at_once = micro_batch(subject, chosen.batch_size, longest, chosen.lora)
+    if chosen.alternates and (steps := count_steps(taught, chosen)) < LISA_PERIOD:
+        raise SsahError(
+            f"Lisa takes a step on refusals after every {LISA_PERIOD} steps on rows, and "
+            f"{len(taught)} rows make {steps} of {chosen.batch_size} rows: bring more rows, take a "
+            "smaller batch_size or more epochs, or use defence=mixing."
+        )
+    at_once = micro_batch(subject, chosen, longest)
     arms = {"after": chosen}
     if compare and chosen.defence != "none":
-        arms["plain"] = dataclasses.replace(chosen, defence="none")
+        arms["plain"] = dataclasses.replace(chosen, defence="none", share=None)
     folder = _new(out)
-    require_disk(subject, store.root, folder, len(arms), chosen.lora)
+    require_disk(subject, store.root, folder, len(arms), chosen)
     prompts = measuring.load_prompts(store)
     warnings = harmful_rows(found.dialogues, prompts)
     if cut:
@@ -337,7 +345,7 @@ def _own_refusals(
 
 def _needed(work: _Work) -> int:
     """So many refusals are learned, or units found on."""
-    learned = count_mixed(work.taught, work.settings.share) if work.settings.mixes else 0
+    learned = count_refusals(work.taught, work.settings.refusals_a_row)
     return max(learned, PAIRS_FOR_UNITS if work.settings.freezes else 0)
 
 
@@ -354,13 +362,13 @@ def _refusals_step(prompts: Sequence[Row]) -> Step:
 
 
 def _training_step(name: str, work: _Work, how: Settings) -> Step:
-    tokens = tokens_of(work.taught) * (1 + how.share * how.mixes)
+    tokens = tokens_of(work.taught) * (1 + how.refusals_a_row)
     return Step(f"{name}: fine-tuning", "token", LEARNED * how.epochs * tokens)
 
 
 def _scheduled(asked: Sequence[Question], work: _Work) -> Schedule:
     steps = [question.step("before") for question in asked]
-    if work.settings.mixes or work.settings.freezes:
+    if work.settings.defence != "none":
         steps.append(_refusals_step(_asked_first(work)))
     for name, how in work.arms.items():
         steps.append(_training_step(name, work, how))
@@ -380,14 +388,14 @@ def _report(
 ) -> Report:
     settings = work.settings
     done: dict[str, Any] = {"what": DEFENCES[settings.defence]}
-    if training is not None and settings.mixes:
-        done["refusals among the rows"] = mixed_in(training)
+    if training is not None and settings.refusals_a_row:
+        done["its own refusals"] = learned_refusals(training, settings)
     if settings.lora is not None:
         done["what trains"] = f"LoRA adapters of rank {settings.lora}; measured when merged"
     if training is not None and settings.freezes:
         done["units frozen"] = f"{100 * training['frozen_share']:.1f} % of all"
     subject, rows = work.subject, max(len(p) + len(r) for p, r in work.taught)
-    needs = training_gb(subject.sizes, work.at_once * rows, settings.lora)
+    needs = training_gb(subject.sizes, work.at_once * rows, settings)
     memory = f"about {needs:.1f} GB, and {memory_gb(subject.device)[0]:.1f} GB are free"
     facts = {
         "Rows": {

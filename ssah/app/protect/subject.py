@@ -21,12 +21,10 @@ from ...core.store import Handle, Store, digest
 from ...data.assets import MODELS
 from ...data.settings import ModelConfig
 from ...lab.load import Checkpoint, load_model, load_tokenizer, locate
+from .settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: Weights, gradients and AdamW's two averages, all in float32.
-BYTES_A_PARAMETER = 16
 
 #: Of a device's memory, what a training may plan with.
 USABLE = 0.9
@@ -154,20 +152,22 @@ def _digest_of(model: PreTrainedModel) -> str:
 # --- what a training needs of memory and disk, looked at before it begins --------------------
 
 
-def training_gb(sizes: Sizes, tokens: int, lora: int | None = None) -> float:
+def training_gb(sizes: Sizes, tokens: int, settings: Settings) -> float:
     """Gigabytes that a step over a batch of so many tokens needs.
 
-    16 bytes a parameter that trains (all, or with ``lora`` those of adapters of that rank), 4 of
-    one that does not, and of activations, 4 bytes each: 9.1 x hidden + 4 x feed-forward a token
-    and block, and 3 x vocabulary a token for logits, their logarithms and their gradient. The two
-    factors of a block were measured: tensors that autograd saves of Llama and Qwen 2 models of
-    twelve shapes, with SDPA and without checkpointing, which they describe to 2 %.
+    What is kept of a parameter that trains (all, or with ``lora`` those of adapters of that rank),
+    its gradient, the weight of one that does not, and activations, 4 bytes each: 9.1 x hidden + 4 x
+    feed-forward a token and block, and 3 x vocabulary a token for logits, their logarithms and
+    their gradient. The two factors of a block were measured: tensors that autograd saves of Llama
+    and Qwen 2 models of twelve shapes, with SDPA and without checkpointing, which they describe to
+    2 %.
     """
     block = 9.1 * sizes.hidden + 4 * sizes.feed_forward
     activations = 4 * tokens * (sizes.blocks * block + 3 * sizes.vocabulary)
-    adapters = (lora or 0) * sizes.blocks * (11 * sizes.hidden + 3 * sizes.feed_forward)
-    still, moving = (sizes.parameters, adapters) if lora else (0, sizes.parameters)
-    return (4 * still + BYTES_A_PARAMETER * moving + activations) / 1e9
+    rank = settings.lora or 0
+    adapters = rank * sizes.blocks * (11 * sizes.hidden + 3 * sizes.feed_forward)
+    still, moving = (sizes.parameters, adapters) if rank else (0, sizes.parameters)
+    return (4 * still + 4 * (settings.kept_a_parameter + 1) * moving + activations) / 1e9
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
@@ -180,20 +180,21 @@ def memory_gb(device: torch.device) -> tuple[float, float]:
     return free / 1e9, total / 1e9
 
 
-def micro_batch(subject: Subject, batch_size: int, longest: int, lora: int | None = None) -> int:
+def micro_batch(subject: Subject, settings: Settings, longest: int) -> int:
     """Rows of ``longest`` tokens to have in memory at once: the most that divide the batch and that
     the device has room for when nothing else is on it, so that a later call takes as many.
 
     Raises :class:`SsahError` where they, or one row, do not fit into what is free.
     """
     free, total = memory_gb(subject.device)
+    rows = settings.batch_size
     fitting = [
         n
-        for n in range(batch_size, 0, -1)
-        if batch_size % n == 0 and training_gb(subject.sizes, n * longest, lora) <= USABLE * total
+        for n in range(rows, 0, -1)
+        if rows % n == 0 and training_gb(subject.sizes, n * longest, settings) <= USABLE * total
     ]
     at_once = fitting[0] if fitting else 1
-    needed = training_gb(subject.sizes, at_once * longest, lora)
+    needed = training_gb(subject.sizes, at_once * longest, settings)
     if needed <= free:
         return at_once
     raise SsahError(
@@ -219,12 +220,14 @@ def _place(subject: Subject) -> str:
 
 
 def require_disk(
-    subject: Subject, cache: Path, out: Path | None, trainings: int, lora: int | None
+    subject: Subject, cache: Path, out: Path | None, trainings: int, settings: Settings
 ) -> None:
-    """Raise :class:`SsahError` unless the cache has room for checkpoints (two at a time: weights
-    and AdamW's averages of what trains) and for each trained model, and ``out`` for one of them."""
+    """Raise :class:`SsahError` unless the cache has room for checkpoints (two at a time: the
+    weights, and what is kept of those that train) and for each trained model, and ``out`` for one
+    of them."""
     float32 = 4 * subject.sizes.parameters / 1e9
     saved = subject.saved_in.itemsize * subject.sizes.parameters / 1e9
-    require_space(2 * (1 if lora else 3) * float32 + trainings * saved, cache)
+    kept = 1 if settings.lora else settings.kept_a_parameter
+    require_space(2 * kept * float32 + trainings * saved, cache)
     if out is not None:
         require_space(saved, out)

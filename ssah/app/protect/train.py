@@ -1,4 +1,5 @@
-"""Fine-tuning with a defence: the model's own refusals among the rows, frozen units, or both."""
+"""Fine-tuning with a defence: steps on the model's own refusals, refusals among the rows, frozen
+units."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from ...evaluate import judges
 from ...evaluate.judges import Completion
 from ...text.chat import Pair, encode, encode_dialogue
 from ...training.lora import adapters, save_adapters
-from ...training.settings import TrainingConfig
+from ...training.settings import LISA_PERIOD, TrainingConfig
 from .settings import Settings
 from .subject import Subject
 
@@ -90,19 +91,30 @@ def mixed(rows: Sequence[Pair], refusals: Sequence[Pair], share: float, seed: in
     arms take equally many steps; whoever brings rows wants all of them learned.
     """
     shuffled = random.Random(seed).sample(list(refusals), len(refusals))
-    return [*rows, *itertools.islice(itertools.cycle(shuffled), count_mixed(rows, share))]
+    return [*rows, *itertools.islice(itertools.cycle(shuffled), count_refusals(rows, share))]
 
 
-def count_mixed(rows: Sequence[Pair], share: float) -> int:
-    """How many refusals are put behind so many rows."""
+def count_refusals(rows: Sequence[Pair], share: float) -> int:
+    """How many refusals go with so many rows."""
     return max(round(share * len(rows)), 1)
 
 
-def mixed_in(training: Mapping[str, Any]) -> str:
-    """How many refusals were among the rows, in words."""
-    count, different = training["mixed_in"], training["different_refusals"]
-    again = f", {different} different ones" if count > different else ""
-    return f"{count} beside {training['rows']} rows{again}"
+def count_steps(rows: Sequence[Pair], settings: Settings) -> int:
+    """Steps on so many rows."""
+    return settings.epochs * -(-len(rows) // settings.batch_size)
+
+
+def learned_refusals(training: Mapping[str, Any], settings: Settings) -> str:
+    """How many of its own refusals the model learned from, in words."""
+    different, steps = training["different_refusals"], training["steps"]
+    if settings.alternates:
+        between = steps // LISA_PERIOD
+        count = between * min(settings.batch_size, different)
+        said = f"{count} in {between} steps, beside {steps} steps on rows"
+    else:
+        count = training["mixed_in"]
+        said = f"{count} beside {training['rows']} rows"
+    return said + (f", {different} different ones" if count > different else "")
 
 
 def tuned(
@@ -116,7 +128,8 @@ def tuned(
     """The model after fine-tuning, as a plain checkpoint with its tokenizer; ``training.json``
     says what was done. With LoRA the adapters are merged into it, and in ``adapter`` by themselves.
     A training that was killed goes on from its last checkpoint."""
-    taught = mixed(rows, refusals, settings.share, settings.seed) if settings.mixes else [*rows]
+    share = settings.refusals_a_row
+    taught = mixed(rows, refusals, share, settings.seed) if settings.mixes else [*rows]
     key: dict[str, Any] = {
         "version": 1,
         "model": subject.checkpoint.identity,
@@ -124,6 +137,7 @@ def tuned(
         "frozen": digest([rows[:PAIRS_FOR_UNITS], refusals[:PAIRS_FOR_UNITS]])
         if settings.freezes
         else None,
+        "between": digest(list(refusals)) if settings.alternates else None,
         "settings": dataclasses.asdict(settings) | {"learning_rate": settings.rate},
         "micro_batch_size": micro_batch_size,
         "device": subject.device.type,
@@ -131,6 +145,7 @@ def tuned(
     }
 
     def build(folder: Path) -> None:
+        from ...training.defences.lisa import Lisa
         from ...training.supervised import save_model, supervised_finetune
 
         begin = time.monotonic()
@@ -142,8 +157,7 @@ def tuned(
             batch_size=settings.batch_size,
             micro_batch_size=micro_batch_size,
         )
-        steps = settings.epochs * -(-len(taught) // settings.batch_size)
-        every = max(steps // CHECKPOINTS, 1)
+        every = max(count_steps(taught, settings) // CHECKPOINTS, 1)
         part: AbstractContextManager[Any] = nullcontext()
         frozen = 0.0
         if settings.freezes:
@@ -152,7 +166,13 @@ def tuned(
             part = adapters(model, settings.lora)
         with part:
             record = supervised_finetune(
-                model, taught, config, settings.seed, folder, save_steps=every
+                model,
+                taught,
+                config,
+                settings.seed,
+                folder,
+                defence=Lisa(refusals=refusals) if settings.alternates else None,
+                save_steps=every,
             )
             if settings.lora is not None:
                 save_adapters(model, folder / ADAPTER, subject.name)

@@ -33,7 +33,8 @@ class Step:
     model: PreTrainedModel
     optimizer: Optimizer
     number: int  #: of steps that were taken before
-    rows: int  #: at once in memory
+    rows: int  #: that it learns from
+    at_once: int  #: of them in memory
     max_norm: float  #: that gradients are clipped to
 
 
@@ -148,8 +149,8 @@ class Defence:
         return [taught[i] for i in kept], rng.sample(list(self.refusals), count)
 
     def refusals_for(self, step: Step) -> Dialogues:
-        """As many as are in memory at once: for every step others, and again the same ones where
-        a run is repeated or goes on."""
+        """As many as the step has rows: for every step others, and again the same ones where a run
+        is repeated or goes on."""
         count = min(step.rows, len(self.refusals))
         return random.Random(step.number).sample(list(self.refusals), count)
 

@@ -6,11 +6,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from ..loss import mean_loss
+from ..loss import add_gradient
+from ..settings import LISA_PERIOD
 from .base import Defence, Step, trained
-
-#: Steps on the task between two steps on refusals.
-PERIOD = 4
 
 
 class Lisa(Defence):
@@ -32,10 +30,10 @@ class Lisa(Defence):
         clip_grad_norm_(parameters.values(), step.max_norm)
 
     def after_step(self, step: Step) -> None:
-        if (step.number + 1) % PERIOD:
+        if (step.number + 1) % LISA_PERIOD:
             return
         step.optimizer.zero_grad()
-        mean_loss(step.model, self.refusals_for(step)).backward()
+        add_gradient(step.model, self.refusals_for(step), step.at_once)
         clip_grad_norm_(trained(step.model).values(), step.max_norm)
         step.optimizer.step()
         self.begin(step.model)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from ..loss import mean_loss
+from ..loss import add_gradient
 from .base import Defence, Step, trained
 
 
@@ -27,7 +27,7 @@ class SafeGrad(Defence):
         for parameter in parameters:
             parameter.grad = None
         # Into .grad, so that the hooks that keep frozen units frozen see it.
-        mean_loss(step.model, self.refusals_for(step), self.reference).backward()
+        add_gradient(step.model, self.refusals_for(step), step.at_once, self.reference)
         alignment = [p.grad for p in parameters]
         pairs = [
             (g, a) for g, a in zip(task, alignment, strict=True) if g is not None and a is not None
