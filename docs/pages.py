@@ -22,7 +22,7 @@ import ssah
 from ssah.app.notebooks import available
 from ssah.app.report import index_page
 from ssah.artefacts import ARTEFACTS
-from ssah.claims.table import claims_table, styled
+from ssah.claims.table import claims_of_all, claims_table, styled
 from ssah.core.paths import project_root
 from ssah.lab.table import read_table
 
@@ -58,7 +58,7 @@ def main() -> None:
     _write("results.md", _results())
     _write("established.md", _established())
     _copy(PUBLISHED, "published")
-    html = index_page(PUBLISHED, _claims(_models()[0]))  # as this version writes it
+    html = index_page(PUBLISHED, claims_of_all(PUBLISHED))  # as this version writes it
     (PAGES / "published" / "index.html").write_text(html, encoding="utf-8")
     _write_reference()
     shutil.copy(ROOT / "docs" / "style.css", PAGES)

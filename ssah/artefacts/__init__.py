@@ -71,14 +71,20 @@ class Artefact:
 
     def _view(self, table: pd.DataFrame, config: Config) -> Output:
         """Of one model; where a view says why there is nothing to show, this stands there."""
+        from .pick import fewer_seeds
+
         view = getattr(self._module, self.id)
         if self.is_table:
-            return view(table, config)
-        from .draw import styled
-
-        with styled():
             output = view(table, config)
-        return output if output.figure else self.empty(output.note)
+        else:
+            from .draw import styled
+
+            with styled():
+                output = view(table, config)
+            if not output.figure:
+                return self.empty(output.note)
+        output.note = output.note.strip() + fewer_seeds(table, config.model.name)
+        return output
 
     @property
     def is_table(self) -> bool:
@@ -147,7 +153,7 @@ ARTEFACTS = {
         Artefact("fig9", "The same as a matrix", BUDGET, "transfer"),
         Artefact("fig10", "The same, heads and neurons", BUDGET, "transfer"),
         Artefact("table16", "Jailbreaks after instructions", JAILBREAKS, "jailbreaks"),
-        Artefact("table17", "Jailbreaks after dialogues", JAILBREAKS, "jailbreaks"),
+        Artefact("table17", "Jailbreaks after dialogues and arithmetic", JAILBREAKS, "jailbreaks"),
         Artefact("fig_depth", "How deep refusals are", JAILBREAKS, "jailbreaks"),
         Artefact("fig_overview", "Removed, frozen, mixed", BEYOND, "overview"),
         Artefact("fig_verdicts", "What becomes of the prompts", VERDICTS, "overview"),

@@ -82,6 +82,10 @@ def _row(
     numbers = [printed.get((setting, metric)) for metric in ("gpt4_score", "gpt4_rate")]
     plain = not arm.get("setting")
     gain = text(table, "held-out gain", 2, set=attack, against=BEFORE, **arm)
+
+    def against(than: str) -> str:
+        return text(table, "ASR", against=than, **arm) if arm else ""
+
     return {
         "fine-tuned on": attack or "nothing",
         "what trains": trains.get(rule) or (name_of(arm) if arm else ""),
@@ -91,8 +95,8 @@ def _row(
         "ASR": text(table, "ASR", **arm),
         "no refusal phrase": text(table, "no refusal phrase", **arm),
         "incoherent": text(table, "incoherent", **arm),
-        "ASR against everything": text(table, "ASR", against=ONE_EPOCH, **arm) if arm else "",
-        f"ASR against {ALL_CU} frozen": text(table, "ASR", against=ALL_CU, **arm) if arm else "",
+        "ASR against training everything": against(ONE_EPOCH),
+        f"ASR against {ALL_CU} frozen": against(ALL_CU),
         "paper: score, rate": ", ".join(f"{n:g}" for n in numbers if n is not None and plain),
     }
 

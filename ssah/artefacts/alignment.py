@@ -14,7 +14,6 @@ from ..lab.lab import Lab
 from ..lab.measure import Measure
 from ..lab.metrics.behaviour import has_prompts
 from ..lab.stages.lessons import MAIN_ATTACK
-from ..lab.table import matching
 from ..lab.units_of import RU
 from . import Output
 from .draw import COLOURS, panels, reach
@@ -125,7 +124,7 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
         "against the unaligned model on the same items. Drift: KL from the unaligned model on "
         "benign prompts, nats per token. `make bench` has seconds and memory; ASR on other prompts "
         "and with a prefix is in measurements.csv. The paper aligns with instructions and reports "
-        f"no safety: {printed}." + _unattacked(config) + _which_seeds(table),
+        f"no safety: {printed}." + _unattacked(config) + _more(table),
         filled(pd.DataFrame(rows)),
     )
 
@@ -156,22 +155,12 @@ def _unattacked(config: Config) -> str:
     return f" {config.model.name} is for aligning alone, so nothing is attacked."
 
 
-def _which_seeds(table: pd.DataFrame) -> str:
-    """Which arms were not measured for every seed; and how to get more of them."""
-    rows = table[(table["base"] == "unaligned") & (table["method"] == "trained")]
-    every, by_seeds = sorted(set(rows["seed"])), dict[tuple[int, ...], list[str]]()
-    for arm in _arms(table):
-        own = {name: arm[name] for name in ("rule", "like", "setting")}
-        seeds = sorted(set(matching(rows, **own)["seed"]))
-        by_seeds.setdefault(tuple(seeds), []).append(name_of(arm))
-    note = "".join(
-        f" Seed {', '.join(map(str, seeds))} only: {'; '.join(names)}."
-        for seeds, names in by_seeds.items()
-        if list(seeds) != every
-    )
-    if not set(rows["setting"]) - {""}:
-        note += " `experiment=published` aligns for longer and with larger steps too."
-    return note
+def _more(table: pd.DataFrame) -> str:
+    """How to get more arms, where only the default ones are there."""
+    aligned = table[(table["base"] == "unaligned") & (table["method"] == "trained")]
+    if set(aligned["setting"]) - {""}:
+        return ""
+    return " `experiment=published` aligns for longer and with larger steps too."
 
 
 def fig_budget(table: pd.DataFrame, config: Config) -> Output:
@@ -184,7 +173,7 @@ def fig_budget(table: pd.DataFrame, config: Config) -> Output:
         "model, nats per token): the lower left is the better bargain; numbers are those of the "
         "names. Right: ASR before (hollow) and after (filled) one epoch of fine-tuning on "
         "instructions: is a model that was aligned through fewer units easier to break? 95 % "
-        "intervals, seeds pooled." + _unattacked(config) + _which_seeds(table)
+        "intervals, seeds pooled." + _unattacked(config) + _more(table)
     )
     output.figure, (left, right) = panels(10, 2.5 + 0.3 * len(arms), 1, 2)
     _draw_bargain(left, table, arms)

@@ -265,7 +265,8 @@ def table3(table: pd.DataFrame, config: Config) -> Output:
             row[column] = text(table, "accuracy", set="average", against=than, **arm)
         rows.append(row)
     means = pd.Series(paper("table3")).groupby(level=0).mean()
-    averages = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
+    called = {"base": "before", "alpaca:full": "after Alpaca", "alpaca:freeze": "frozen"}
+    averages = ", ".join(f"{name} {means[key]:.1f}" for key, name in called.items())
     return Output(
         "Accuracy on trivia (four choices, chance 25 %) and arithmetic word problems (exact "
         "match); change: against the aligned model before, on the same items. One epoch where "
@@ -289,9 +290,13 @@ def _note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
 def training_note(table: pd.DataFrame, config: Config, attacks: list[str]) -> str:
     """On what, at which rate and how the models of a table were fine-tuned."""
     tuning = config.finetune
-    chosen = rows_of(table, "attack rate")["value"].unique()
-    rate = ", ".join(f"{value:g}" for value in chosen) or f"{tuning.learning_rate:g}"
+    chosen = rows_of(table, "attack rate").groupby("value", sort=False)["seed"].unique()
+    rate = f"{tuning.learning_rate:g}"
     if len(chosen):
+        rate = ", ".join(
+            f"{value:g}" + (f" (seed {', '.join(map(str, seeds))})" if len(chosen) > 1 else "")
+            for value, seeds in chosen.items()
+        )
         tried = ", ".join(f"{value:g}" for value in tuning.rates)
         rate += (
             f" (the first of {tried} at which one epoch with nothing frozen raises ASR on the "

@@ -167,8 +167,8 @@ _NOT_MEASURED = (
 
 
 def _note(table: pd.DataFrame, config: Config) -> str:
-    jailbreaks, evaluate = config.experiment.jailbreaks, config.evaluate
-    if not table["set"].isin(jailbreaks).any():
+    asked, evaluate = {*table["set"]} & {*config.experiment.jailbreaks}, config.evaluate
+    if not asked:
         return _NOT_MEASURED + _PAPER_NOTE
     note = (
         f"ASR, share of harmful prompts that are answered ({_plain(table, config)}), when they are "
@@ -179,13 +179,13 @@ def _note(table: pd.DataFrame, config: Config) -> str:
         "tokens of a "
         "compliant one, and what follows is judged. "
     )
-    if {GCG, GCG_TRANSFERRED} & {*jailbreaks}:
+    if {GCG, GCG_TRANSFERRED} & asked:
         note += (
             f"GCG: {evaluate.gcg_steps} steps of {evaluate.gcg_width} candidates (usual: 500 and "
             f"512) against each model, for {evaluate.gcg_behaviours} prompts at most; initial "
             "model's: suffixes that were found on that one. "
         )
-    if any(name.startswith("many-shot") for name in jailbreaks):
+    if any(name.startswith("many-shot") for name in asked):
         note += (
             "Many-shot: so many harmless requests with answers, as far as there are held-out rows "
             "and the context has room. "

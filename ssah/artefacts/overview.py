@@ -10,7 +10,6 @@ import pandas as pd
 
 from ..evaluate.judges import VERDICTS
 from ..lab import catalogue
-from ..lab.arms import Arm
 from ..lab.catalogue import NOTHING
 from ..lab.config import Config
 from ..lab.lab import Lab
@@ -22,7 +21,7 @@ from . import Output
 from .defences import ask_table_defences
 from .draw import COLOURS, panels, reach
 from .freezing import ask_table2
-from .pick import arms_of, estimate, format_estimate
+from .pick import arms_of, estimate, format_estimate, name_of_arm
 from .unit_roles import ask_table1
 
 #: Columns of an arm that is fine-tuned.
@@ -41,6 +40,10 @@ _SHOWN: list[tuple[str, dict[str, Any]]] = [
     (
         "the same, a tenth of the rows refusals",
         _TUNED | {"method": "defended", "rule": "mixing", "setting": "10 %"},
+    ),
+    (
+        "the same, a quarter of the rows refusals",
+        _TUNED | {"method": "defended", "rule": "mixing", "setting": "25 %"},
     ),
     (
         "the same, every fifth step on refusals",
@@ -93,10 +96,6 @@ def ask_fig_verdicts(lab: Lab) -> list[Measure]:
     return [Measure(arm, "verdicts") for arm in catalogue.headline(lab)]
 
 
-def _name(arm: dict[str, Any]) -> str:
-    return Arm(lambda: None, **arm).name  # type: ignore[arg-type, return-value]
-
-
 def fig_verdicts(table: pd.DataFrame, config: Config) -> Output:
     """What becomes of the evaluation prompts: a bar of verdicts for every headline arm."""
     output = Output(
@@ -108,7 +107,7 @@ def fig_verdicts(table: pd.DataFrame, config: Config) -> Output:
         "(docs/judging.md)."
     )
     arms = arms_of(table[table["metric"] == CORRECTED])
-    names = [_name(arm) for arm in arms]
+    names = [name_of_arm(arm) for arm in arms]
     output.figure, axes = panels(8, 1 + 0.24 * len(arms))
     left = np.zeros(len(arms))
     for verdict, (colour, hatch) in _STYLES.items():
@@ -149,8 +148,9 @@ def table_judges(table: pd.DataFrame, config: Config) -> Output:
                     name: format_estimate(e, 0 if name in ("labelled", "judged") else 2)
                     for name, e in found.items()
                 }
-                named = {"completions of": _name(arm), "verdict": verdict, "n": str(labelled.n)}
-                rows.append(named | {"accuracy %": accuracy} | numbers)
+                named = {"completions of": name_of_arm(arm), "verdict": verdict}
+                counts = {"n": str(labelled.n), "accuracy %": accuracy}
+                rows.append(named | counts | numbers)
     return Output(
         "Completions of this run that have a label (results/reference/labels.csv, found by a hash "
         "of prompt and completion), in the half that was not used to choose phrases or to fit "

@@ -26,6 +26,9 @@ _PLAIN = {
     if field.name not in ("make", "draw")
 } | {"set": "", "at": "", "against": ""}
 
+#: Those that say which arm it is.
+_ARM = [name for name in _PLAIN if name not in ("set", "at", "against")]
+
 
 def rows_of(table: pd.DataFrame, metric: str, **columns: Any) -> pd.DataFrame:
     """Rows of a metric; columns that are not named have their plain values, those that are None
@@ -59,9 +62,10 @@ def pooled(rows: pd.DataFrame) -> Estimate | None:
         value, low, high, n = numbers.tolist()
         by_seed.setdefault(seed, []).append(Estimate(value, low, high, int(n)))
     found = over_repetitions([over_repetitions(draws) for draws in by_seed.values()])
-    if (rows["against"] != "").any() or not rows["metric"].map(is_share).all():
+    if not rows["metric"].map(is_share).all():
         return found
-    return Estimate(found.value, max(found.low, 0.0), min(found.high, 100.0), found.n)
+    least = -100.0 if (rows["against"] != "").any() else 0.0
+    return Estimate(found.value, max(found.low, least), min(found.high, 100.0), found.n)
 
 
 def estimate(table: pd.DataFrame, metric: str, **columns: Any) -> Estimate | None:
@@ -76,9 +80,38 @@ def text(table: pd.DataFrame, metric: str, digits: int = 1, **columns: Any) -> s
 
 def arms_of(table: pd.DataFrame, **columns: Any) -> list[dict[str, Any]]:
     """The arms in a table, in the order of their first rows, restricted by some columns."""
-    names = [name for name in _PLAIN if name not in ("set", "at", "against")]
     chosen = matching(table, **columns) if columns else table
-    return chosen[names].drop_duplicates().to_dict("records")
+    return chosen[_ARM].drop_duplicates().to_dict("records")
+
+
+def name_of_arm(arm: dict[str, Any]) -> str:
+    """For people (:attr:`ssah.lab.arms.Arm.name`)."""
+    return Arm(lambda: None, **arm).name  # type: ignore[arg-type, return-value]
+
+
+def fewer_seeds(table: pd.DataFrame, model: str) -> str:
+    """Which arms of a model were not measured for every seed that others were, as a sentence of a
+    note; "" where all were."""
+    every, by_seeds = sorted(set(table["seed"])), dict[tuple[int, ...], list[str]]()
+    for name, rows in _by_arm(table).items():
+        seeds = tuple(sorted(set(rows["seed"])))
+        by_seeds.setdefault(seeds, []).append(name)
+    return "".join(
+        f" {model}, seed {', '.join(map(str, seeds))} only: {'; '.join(names)}."
+        for seeds, names in by_seeds.items()
+        if list(seeds) != every
+    )
+
+
+def _by_arm(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each arm, whatever the epoch, by what it is called."""
+    names = [name for name in _ARM if name != "epoch"]
+    found = {}
+    for values, rows in table.groupby(names, sort=False, dropna=False):
+        arm = dict(zip(names, values, strict=True))
+        prefix = f"{arm['attack']}: " if arm["attack"] else ""
+        found[prefix + name_of_arm(arm | {"attack": "", "epoch": 0})] = rows
+    return found
 
 
 def filled(shown: pd.DataFrame) -> pd.DataFrame:

@@ -31,15 +31,14 @@ def below_each_other(
 
 
 def _notes(notes: Mapping[str, str]) -> str:
-    """The first model's, and of the others what they say beside it."""
-    first, *others = notes
-    known = set(notes[first].split(". "))
-    found = [notes[first]]
-    for name in others:
-        new = [sentence for sentence in notes[name].split(". ") if sentence not in known]
-        if new:
-            found.append(f"{name}: {'. '.join(new)}")
-    return " ".join(found)
+    """What the notes of all models say, and behind it what those of some say, by model."""
+    sentences = {name: note.removesuffix(".").split(". ") for name, note in notes.items()}
+    first, *others = sentences.values()
+    shared = [one for one in first if all(one in other for other in others)]
+    parts = {"": shared} | {
+        f"{name}: ": [one for one in own if one not in shared] for name, own in sentences.items()
+    }
+    return " ".join(f"{name}{'. '.join(own)}." for name, own in parts.items() if own)
 
 
 def _blocks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

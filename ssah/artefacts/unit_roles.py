@@ -146,14 +146,19 @@ def _note(table: pd.DataFrame, config: Config, printed: str) -> str:
         "Values are followed by 95 % intervals (Wilson; bootstrap for perplexity); with several "
         "seeds they cover prompts and seeds (perplexity is averaged in nats). Random and magnitude "
         "controls have as many heads and as many neurons, hence as many weights, as the group that "
-        "they are named after. *mean*: "
-        "what the units say on average is put in their place; *resampled*: at each token, what "
-        "they said at a random token of an answer to a harmless prompt; *fitted*: the constant "
-        "with which the model's own answers to harmless prompts are likeliest (optimal ablation)."
+        "they are named after."
+        + (_IN_THEIR_PLACE if table["setting"].isin(["mean", "resampled", "fitted"]).any() else "")
         + (_SYSTEM_PROMPT if SYSTEM in set(table["set"]) else "")
         + _unmet_criteria(table)
     )
 
+
+#: What those rows mean, where they were measured.
+_IN_THEIR_PLACE = (
+    " *mean*: what the units say on average is put in their place; *resampled*: at each token, "
+    "what they said at a random token of an answer to a harmless prompt; *fitted*: the constant "
+    "with which the model's own answers to harmless prompts are likeliest (optimal ablation)."
+)
 
 #: What that column means, where it was measured.
 _SYSTEM_PROMPT = (
@@ -167,7 +172,8 @@ def _unmet_criteria(table: pd.DataFrame) -> str:
     unmet = []
     for name in CLAIMED:
         found = rows_of(table, f"{name} criterion met")
-        unmet += [f"{name} (seed {seed})" for seed in found[found["value"] == 0]["seed"]]
+        seeds = ", ".join(map(str, found[found["value"] == 0]["seed"]))
+        unmet += [f"{name} (seed {seeds})"] if seeds else []
     if not unmet:
         return ""
     return f" No share met the search's criterion for {', '.join(unmet)}; the smallest was taken."

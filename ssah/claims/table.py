@@ -161,14 +161,23 @@ def published_by_model(*, headline: bool) -> pd.DataFrame:
     return shown[chosen]
 
 
+def claims_of_all(results: Path) -> pd.DataFrame:
+    """:func:`claims_table` of each model that a results folder holds, one below the other."""
+    models = read_table(results)["model"].unique()
+    parts = [claims_table(results, model).assign(model=model) for model in models]
+    table = pd.concat(parts, ignore_index=True)
+    return table[["model", *table.columns.drop("model")]]
+
+
 def update_claims(results: Path) -> pd.DataFrame:
     """Write ``claims.csv`` of a results folder."""
-    table = claims_table(results)
+    table = claims_of_all(results)
     write_atomically(results / "claims.csv", lambda path: table.to_csv(path, index=False))
     return table
 
 
 def styled(table: pd.DataFrame) -> pd.DataFrame:
-    """The columns that a reader wants to see."""
+    """The columns that a reader wants to see; with the model, where there are several."""
     names = ["text", "unit", "paper", "published", "this run", "agrees", "detectable", "verdict"]
-    return table[names]
+    several = "model" in table and table["model"].nunique() > 1
+    return table[["model", *names] if several else names]

@@ -199,7 +199,7 @@ def test_adapters_stand_beside_what_they_are_held_against(measurements, lively_l
     for column, metric, columns, digits in (
         ("ASR", "ASR", {}, 1),
         ("no refusal phrase", "no refusal phrase", {}, 1),
-        ("ASR against everything", "ASR", {"against": ONE_EPOCH}, 1),
+        ("ASR against training everything", "ASR", {"against": ONE_EPOCH}, 1),
         (f"ASR against {ALL_CU} frozen", "ASR", {"against": ALL_CU}, 1),
         ("held-out gain", "held-out gain", {"set": "instructions", "against": BEFORE}, 2),
         ("trained %", "trained weights", {}, 2),

@@ -182,6 +182,16 @@ def test_three_columns_and_a_verdict_on_this_run(tmp_path, monkeypatch):
     assert pd.read_csv(own / "claims.csv")["claim"].tolist() == ["one", "two"]
 
 
+def test_claims_are_written_for_each_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_module, "results_root", lambda: tmp_path)
+    monkeypatch.setattr(claims_module, "claims", lambda: (claim(),))
+    rows = [row(5, 4, 6), row(60, 50, 70) | {"model": "another"}]
+    write_table(table(*rows), tmp_path / "own")
+    written = update_claims(tmp_path / "own").set_index("model")["verdict"].to_dict()
+    assert sorted(written.values()) == ["does not hold", "holds"]
+    assert written["another"] == "holds"
+
+
 def test_seeds_are_named_where_others_have_more(tmp_path, monkeypatch):
     monkeypatch.setattr(claims_module, "results_root", lambda: tmp_path)
     monkeypatch.setattr(claims_module, "claims", lambda: (claim(), claim(id="two", rule="ESU")))

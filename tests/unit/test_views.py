@@ -10,7 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from ssah.artefacts import ARTEFACTS, Output
-from ssah.artefacts.pick import estimate, format_estimate, paper, pooled, rows_of
+from ssah.artefacts.pick import (
+    estimate,
+    fewer_seeds,
+    format_estimate,
+    paper,
+    pooled,
+    rows_of,
+)
 from ssah.core.errors import SsahError
 from ssah.evaluate.stats import Estimate, over_repetitions
 from ssah.lab.table import typed
@@ -190,3 +197,24 @@ def test_perplexities_of_several_seeds_are_averaged_in_nats(against):
     assert 0 < found.low < 4
     assert found.high > 1e4
     assert pooled(rows[:1]) == Estimate(*map(pytest.approx, (5, 4, 6.25)), 40)
+
+
+def test_a_note_names_the_arms_of_fewer_seeds():
+    frozen = {"base": "aligned", "method": "frozen", "attack": "instructions", "metric": "ASR"}
+    whole = {"base": "aligned", "metric": "ASR"}
+    rows = [whole | {"seed": seed} for seed in (0, 1)]
+    rows += [frozen | {"rule": "nothing", "seed": seed, "epoch": seed + 1} for seed in (0, 1)]
+    rows += [frozen | {"rule": "random", "like": "ESU", "epoch": e, "seed": 1} for e in (1, 2)]
+    table = typed(pd.DataFrame([row | {"model": "m", "value": 1.0} for row in rows]))
+    expected = " m, seed 1 only: instructions: random units frozen (matched to ESU)."
+    assert fewer_seeds(table, "m") == expected
+    assert fewer_seeds(table[table["like"] == ""], "m") == ""
+
+
+def test_differences_of_shares_stay_within_what_can_be():
+    rows = [
+        {"model": "m", "seed": seed, "metric": "ASR", "against": "before", "value": value,
+         "low": value - 5, "high": value + 5, "n": 100}
+        for seed, value in enumerate((-90.0, -20.0))
+    ]  # fmt: skip
+    assert pooled(typed(pd.DataFrame(rows))).low == -100
