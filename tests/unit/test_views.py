@@ -56,6 +56,20 @@ def test_tables_can_be_read(outputs, name):
         assert not table.duplicated().any()
 
 
+def test_nothing_is_said_of_answers_that_are_no_language(lively_table, lively_lab):
+    broken = (lively_table["rule"] == "EUU") & (lively_table["setting"] == "mean")
+    broken &= (lively_table["metric"] == "perplexity") & (lively_table["against"] == "")
+    assert broken.any()
+    table = lively_table.assign(value=lively_table["value"].mask(broken, 20_000.0))
+    output = ARTEFACTS["table1"].view(table, {lively_lab.config.model.name: lively_lab.config})
+    shown = output.table.set_index("removed")
+    assert (
+        shown.loc["EUU, mean", ["ASR", "no refusal phrase", "incoherent %"]].tolist() == ["-"] * 3
+    )
+    assert shown.loc["EUU", "ASR"] != "-"
+    assert "Nothing is said of what a model answers whose perplexity" in output.note
+
+
 def test_table_1_stands_beside_the_paper(outputs, lively_table):
     table = outputs["table1"].table.set_index("removed")
     assert list(table.index[:3]) == ["nothing", "nothing, before alignment", "ESU"]
