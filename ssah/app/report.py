@@ -100,10 +100,22 @@ def index_page(results: Path, claims: pd.DataFrame) -> str:
 def publish(results: Path) -> None:
     """Make a finished run the published one, and refresh the numbers in README and docs.
 
-    Raises :class:`SsahError` where a number was measured by code that is not in the repository.
+    Raises :class:`SsahError` where a number was measured by code that is not in the repository,
+    and where models or seeds would be lost.
     """
-    require_known_commits(read_table(results))
-    published = results_root() / "published"
+    published, own = results_root() / "published", read_table(results)
+    require_known_commits(own)
+    known = read_table(published)[["model", "seed"]].drop_duplicates()
+    lost = {*known.itertuples(index=False, name=None)} - {
+        *own[["model", "seed"]].itertuples(index=False, name=None)
+    }
+    if lost:
+        lacking = ", ".join(f"{model} seed {seed}" for model, seed in sorted(lost))
+        raise SsahError(
+            f"{published} holds {lacking}, which this run lacks, so that publishing it would "
+            f"delete them. Delete the folder first, or put both together: ssah merge {results} "
+            "with a copy of it --out results/published."
+        )
     fresh = published.with_name("published.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(results, fresh, ignore=shutil.ignore_patterns(".*", "*.failed.ipynb"))

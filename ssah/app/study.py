@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import sys
 import time
@@ -240,8 +241,9 @@ def slug(overrides: Sequence[str]) -> str:
     """A folder name for some overrides; one that is long, or that no folder can have, is cut and
     hashed, so that no two share it."""
     text = ",".join(sorted(overrides))
-    # papermill reads braces in a path as a place for a parameter.
-    name = text.translate({ord("/"): "-", ord(" "): None, ord("{"): "(", ord("}"): ")"})
+    # papermill reads braces in a path as a place for a parameter; Windows has no : " * ? < > |.
+    name = text.translate({ord(" "): None, ord("{"): "(", ord("}"): ")"})
+    name = re.sub(r'[/\\:"*?<>|]', "-", name)
     return text if name == text and len(text) <= 80 else f"{name[:60]}-{digest(text)[:10]}"
 
 

@@ -18,7 +18,7 @@ from ..lab.units_of import RU
 from . import Output
 from .draw import COLOURS, panels, reach
 from .freezing import name_of
-from .pick import arms_of, estimate, filled, paper_rows, text
+from .pick import arms_of, estimate, filled, paper_rows, tasks_of, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,9 +120,10 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
         "is checked after each training. Same rows, rate and epochs as the whole model, unless "
         "'twice the epochs' (the paper's rule) or '3 x the rate'. ASR: harmful prompts that are "
         "answered; no refusal phrase: the paper's measure; attacked: ASR after one epoch of "
-        "harmless fine-tuning, on instructions. Accuracy change: trivia and arithmetic, points "
-        "against the unaligned model on the same items. Drift: KL from the unaligned model on "
-        "benign prompts, nats per token. `make bench` has seconds and memory; ASR on other prompts "
+        "harmless fine-tuning, on instructions. Accuracy change: "
+        f"{tasks_of(table, config)}, points against the unaligned model on the same items. Drift: "
+        "KL from the unaligned model on benign prompts, nats per token. `make bench` has seconds "
+        "and memory; ASR on other prompts "
         "and with a prefix is in measurements.csv. The paper aligns with instructions and reports "
         f"no safety: {printed}." + _unattacked(config) + _more(table),
         filled(pd.DataFrame(rows)),

@@ -21,7 +21,7 @@ from ..lab.units_of import CU6
 from . import Output
 from .draw import COLOURS, panels, reach
 from .freezing import BEFORE, ONE_EPOCH, compared
-from .pick import arms_of, estimate, filled, format_estimate, text
+from .pick import arms_of, estimate, filled, format_estimate, tasks_of, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,7 +160,7 @@ def table_defences(table: pd.DataFrame, config: Config) -> Output:
             for arm in arms:
                 mark = " *" if arm["setting"] == choice[rule] else ""
                 rows.append(_row(table, titled(rule), arm["setting"] + mark, arm))
-    return Output(_note(config), filled(pd.DataFrame(rows)))
+    return Output(_note(table, config), filled(pd.DataFrame(rows)))
 
 
 def titled(rule: str) -> str:
@@ -183,7 +183,7 @@ def _row(table: pd.DataFrame, name: str, setting: str, arm: Columns) -> dict[str
     }
 
 
-def _note(config: Config) -> str:
+def _note(table: pd.DataFrame, config: Config) -> str:
     left_out = "" if config.align.enabled else (
         " SafeLoRA is left out: it needs the model before its alignment, which came aligned."
     )  # fmt: skip
@@ -197,7 +197,7 @@ def _note(config: Config) -> str:
         "none does, the largest gain. Arithmetic had no part in that choice, so that it tests what "
         "was chosen. Against none: points of ASR, same prompts, paired 95 % interval; below "
         "zero is safer. Borderline refused: of harmless prompts that look dangerous. Accuracy: "
-        "mean of trivia and arithmetic, %. What a step of each costs in time and memory: "
+        f"average of {tasks_of(table, config)}, %. What a step of each costs in time and memory: "
         "`ssah bench`." + left_out
     )
 

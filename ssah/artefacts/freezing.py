@@ -29,6 +29,7 @@ from .pick import (
     paper,
     printed_model,
     rows_of,
+    tasks_of,
     text,
 )
 
@@ -268,9 +269,9 @@ def table3(table: pd.DataFrame, config: Config) -> Output:
     called = {"base": "before", "alpaca:full": "after Alpaca", "alpaca:freeze": "frozen"}
     averages = ", ".join(f"{name} {means[key]:.1f}" for key, name in called.items())
     return Output(
-        "Accuracy on trivia (four choices, chance 25 %) and arithmetic word problems (exact "
-        "match); change: against the aligned model before, on the same items. One epoch where "
-        "nothing is frozen, else the last epoch. The paper's tasks are others (zero-shot, "
+        f"Accuracy in {tasks_of(table, config)}; change: against the aligned model before, on the "
+        "same items. One epoch where nothing is frozen, else the last epoch. The paper's tasks "
+        "are others (zero-shot, "
         "lm-eval); "
         f"its averages for Llama-2-7B-Chat are {averages}.",
         pd.DataFrame(rows),

@@ -48,15 +48,17 @@ def ask_fig8(lab: Lab) -> list[Measure]:
 
 def fig8(table: pd.DataFrame, config: Config) -> Output:
     """ASR against the percentage of CU frozen beside the ESU (Fig. 8)."""
+    arms = rows_of(table, "ASR", method="frozen", attack=MAIN_ATTACK, rule=None, epoch=None)
+    counts = ", ".join(map(str, sorted(set(arms["n"].astype(int)))))
     output = Output(
         "Share of CU (top of the ranking by I_S - I_U, in per cent of all units) that is frozen "
         "beside the ESU while the model is fine-tuned on instructions. Lines: after one epoch and "
-        "after two; dotted: the arm that freezes nothing; crosses: equally many random units as "
-        "ESU + 6 % CU has; right: ESU and all CU. Shaded and bars: smallest to largest over seeds "
-        f"(and draws). ASR is of {config.data.evaluation} prompts; measurements.csv has the "
+        "after the last; dotted: the arm that freezes nothing; crosses: equally many random units "
+        "as ESU + 6 % CU has; right: ESU and all CU. Shaded and bars: smallest to largest over "
+        "seeds "
+        f"(and draws). ASR is of {counts} prompts; measurements.csv has the "
         "interval of each point. `experiment=published` sweeps over more shares."
     )
-    arms = rows_of(table, "ASR", method="frozen", attack=MAIN_ATTACK, rule=None, epoch=None)
     frozen = set(arms["rule"])
     asked = sorted(config.experiment.cu_percents)
     percents = [p for p in asked if f"ESU + {p:g} % CU" in frozen] or asked
@@ -71,7 +73,8 @@ def fig8(table: pd.DataFrame, config: Config) -> Output:
 
     output.figure, axes = panels(6.5, 3.6)
     # The group colours mean something else.
-    for epoch, marker, colour in ((1, "o", "#56B4E9"), (2, "s", "#CC79A7")):
+    epochs = [(1, "o", "#56B4E9"), (config.finetune.epochs, "s", "#CC79A7")]
+    for epoch, marker, colour in epochs[: config.finetune.epochs]:
         points = [spread(f"ESU + {p:g} % CU", epoch) for p in percents]
         mean, low, high = zip(*points, strict=True)
         label = f"{epoch} epoch{'s' if epoch > 1 else ''}"

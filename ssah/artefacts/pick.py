@@ -65,7 +65,7 @@ def pooled(rows: pd.DataFrame) -> Estimate | None:
     if not rows["metric"].map(is_share).all():
         return found
     least = -100.0 if (rows["against"] != "").any() else 0.0
-    return Estimate(found.value, max(found.low, least), min(found.high, 100.0), found.n)
+    return dataclasses.replace(found, low=max(found.low, least), high=min(found.high, 100.0))
 
 
 def estimate(table: pd.DataFrame, metric: str, **columns: Any) -> Estimate | None:
@@ -112,6 +112,19 @@ def _by_arm(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
         prefix = f"{arm['attack']}: " if arm["attack"] else ""
         found[prefix + name_of_arm(arm | {"attack": "", "epoch": 0})] = rows
     return found
+
+
+def tasks_of(table: pd.DataFrame, config: Config) -> str:
+    """What accuracy is of, in words."""
+    evaluate = config.evaluate
+    if evaluate.utility == "lm_eval":
+        return f"lm-eval tasks ({', '.join(evaluate.lm_eval_tasks)})"
+    tasks = {
+        "trivia": f"{evaluate.trivia_items} trivia questions with four choices (chance: 25 %)",
+        "arithmetic": f"{evaluate.arithmetic_items} arithmetic word problems (exact match)",
+    }
+    measured = set(table.loc[table["metric"] == "accuracy", "set"])
+    return " and ".join(said for task, said in tasks.items() if task in measured or not measured)
 
 
 def filled(shown: pd.DataFrame) -> pd.DataFrame:

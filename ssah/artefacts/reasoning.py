@@ -18,7 +18,7 @@ from ..lab.stages.probes import QUERIES, opening_texts
 from ..lab.units_of import ESU
 from . import Output
 from .draw import COLOURS, panels
-from .pick import estimate, filled, paper_rows, pooled, rows_of, text
+from .pick import estimate, filled, paper_rows, pooled, rows_of, tasks_of, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,9 +72,10 @@ def table11(table: pd.DataFrame, config: Config) -> Output:
         ("hexphi", "asr_llama_guard3"): "ASR HEx-PHI %",
     }
     return Output(
-        f"Here, {made}. For the paper's MT-bench stand perplexity of held-out answers, accuracy on "
-        "trivia and arithmetic, and the share of benign prompts that are answered. ASR: harmful "
-        "prompts that are answered, held-out ones of AdvBench and HarmBench; the paper's are "
+        f"Here, {made}. For the paper's MT-bench stand perplexity of held-out answers, accuracy in "
+        f"{tasks_of(table, config)}, and the share of benign prompts that are answered. ASR: "
+        "harmful prompts that are answered, held-out ones of AdvBench and HarmBench; the paper's "
+        "are "
         "judged by Llama Guard 3, on AdvBench and HEx-PHI.",
         filled(pd.DataFrame(rows + paper_rows("table11", columns, "stage"))),
     )

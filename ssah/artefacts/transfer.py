@@ -49,14 +49,19 @@ _HOW_ALIGNED = (
 _FROZEN = {"method": "frozen", "attack": MAIN_ATTACK, "at": "thresholds"}
 _TRAINED = {"base": "unaligned", "method": "trained", "at": "quantiles"}
 
-#: Panel -> columns of its rows.
-_TUNED: dict[str, dict[str, Any]] = {
-    NOISE: {"setting": OTHER_PROMPTS, "at": "thresholds"},
-    f"frozen: {NOTHING}": _FROZEN | {"rule": NOTHING, "epoch": 1},
-    f"frozen: random, as {CU6}": _FROZEN | {"rule": "random", "like": CU6, "epoch": 2},
-    f"frozen: {CU6}": _FROZEN | {"rule": CU6, "epoch": 2},
-    f"frozen: {ALL_CU}": _FROZEN | {"rule": ALL_CU, "epoch": 2},
-}
+
+def _tuned(config: Config) -> dict[str, dict[str, Any]]:
+    """Panel -> columns of its rows: one epoch with nothing frozen, else the last."""
+    last = _FROZEN | {"epoch": config.finetune.epochs}
+    return {
+        NOISE: {"setting": OTHER_PROMPTS, "at": "thresholds"},
+        f"frozen: {NOTHING}": _FROZEN | {"rule": NOTHING, "epoch": 1},
+        f"frozen: random, as {CU6}": last | {"rule": "random", "like": CU6},
+        f"frozen: {CU6}": last | {"rule": CU6},
+        f"frozen: {ALL_CU}": last | {"rule": ALL_CU},
+    }
+
+
 _ALIGNED = {
     "all units aligned": _TRAINED | {"rule": ALL_UNITS},
     "RU alone aligned": _TRAINED | {"rule": RU},
@@ -145,7 +150,9 @@ def fig5(table: pd.DataFrame, config: Config) -> Output:
         "is the square root of its share of all units, so that one per cent can be seen; numbers "
         "are per cent of all units, means over seeds."
     )
-    matrices = _matrices(table, _TUNED, "all units") | {PAPER: paper_matrix("fig11", "global")}
+    matrices = _matrices(table, _tuned(config), "all units") | {
+        PAPER: paper_matrix("fig11", "global")
+    }
     output.figure, grid = panels(10, 5.4, 2, 3)
     for axes, (name, matrix) in zip(grid.flat, matrices.items(), strict=True):
         _draw_flow(axes, matrix, name)
@@ -154,7 +161,7 @@ def fig5(table: pd.DataFrame, config: Config) -> Output:
 
 def _after_tuning(artefact: str, table: pd.DataFrame, config: Config) -> Output:
     """Transfer matrices of all units (Fig. 11), of heads and of neurons (Fig. 12)."""
-    arms = {name: columns for name, columns in _TUNED.items() if "random" not in name}
+    arms = {name: columns for name, columns in _tuned(config).items() if "random" not in name}
     note = (
         "Rows: group before; columns: group after; per cent of the scope's units, means over seeds."
     )
@@ -174,7 +181,7 @@ def fig13(table: pd.DataFrame, config: Config) -> Output:
         _HOW_TUNED + "Each bar: the ESU before, by their group after, per cent of the ESU; means "
         "over seeds."
     )
-    bars = _matrices(table, _TUNED, OF_ESU, ["ESU"])
+    bars = _matrices(table, _tuned(config), OF_ESU, ["ESU"])
     bars[PAPER] = paper_matrix("fig13", "global", ["ESU"])
     shares = np.concatenate(list(bars.values()))
     output.figure, axes = panels(7, 2.8)

@@ -29,6 +29,7 @@ from .pick import (
     paper,
     printed_model,
     rows_of,
+    tasks_of,
     text,
 )
 
@@ -140,20 +141,14 @@ def _is_speechless(table: pd.DataFrame, arm: dict[str, Any]) -> bool:
 
 
 def _note(table: pd.DataFrame, config: Config, printed: str) -> str:
-    evaluate = config.evaluate
-    if evaluate.utility == "lm_eval":
-        utility = f"lm-eval tasks {', '.join(evaluate.lm_eval_tasks)}"
-    else:
-        utility = (
-            f"the average of {evaluate.trivia_items} trivia questions with four choices "
-            f"(chance: 25 %) and {evaluate.arithmetic_items} arithmetic word problems (exact match)"
-        )
     return (
         "ASR: share of the held-out harmful prompts that are answered, within "
-        f"{evaluate.max_new_tokens} tokens; no refusal phrase: the share that gets coherent text "
-        "without one, whether or not it answers, which is what the paper measures (its numbers are "
+        f"{config.evaluate.max_new_tokens} tokens; no refusal phrase: the share that gets coherent "
+        "text without one, whether or not it answers, which is what the paper measures (its "
+        "numbers are "
         f"for {printed}). docs/judging.md says how both judges agree with labels. "
-        f"Perplexity: held-out answers given their prompts, not WikiText. Utility: {utility}. "
+        f"Perplexity: held-out answers given their prompts, not WikiText. Utility: the average "
+        f"accuracy in {tasks_of(table, config)}. "
         "Values are followed by 95 % intervals (Wilson; bootstrap for perplexity); with several "
         "seeds they cover prompts and seeds (perplexity is averaged in nats). Random and magnitude "
         "controls have as many heads and as many neurons, hence as many weights, as the group that "

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,12 +66,10 @@ def pick_device(wanted: str) -> torch.device:
             "runtime.device=cuda but PyTorch sees no CUDA device: install a CUDA build of PyTorch "
             "or use runtime.device=cpu."
         )
-    try:
-        return torch.device(wanted)
-    except RuntimeError as error:
-        raise SsahError(
-            f"runtime.device={wanted} is no device: choose auto, cpu or cuda."
-        ) from error
+    # Others, such as mps, lack float64, which sums are in.
+    if re.fullmatch(r"cpu|cuda(:\d+)?", wanted) is None:
+        raise SsahError(f"runtime.device={wanted} cannot be used: choose auto, cpu or cuda.")
+    return torch.device(wanted)
 
 
 #: What factors of matrix products are rounded to; everything else is float32 always.

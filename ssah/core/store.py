@@ -109,7 +109,7 @@ class Store:
         self.root = root
         self.may_build = True
         self.touched: set[str] = set()  #: keys of the runs read since the caller cleared this
-        self._intact: dict[str, dict[str, Any]] = {}  # records verified once in this process
+        self._intact: set[str] = set()  # keys of runs that were verified in this process
         self._asked: list[set[str]] = []  # inputs of the runs that are being built, innermost last
         self._built_seconds = 0.0
 
@@ -128,9 +128,10 @@ class Store:
         self.touched.add(key)
         if self._asked:
             self._asked[-1].add(key)
-        if key in self._intact and not _dropped(self._intact[key], name):
+        there = handle.has(name)  # another process may have dropped it since it was verified
+        if there and key in self._intact:
             return
-        if not self.may_build and not handle.has(name):
+        if not self.may_build and not there:
             raise NotBuilt(handle.folder.name)
         folder = handle.folder
         with self._locked(folder):
@@ -142,7 +143,7 @@ class Store:
                     print(f"{folder.name}: {fault}; computing it again.", file=sys.stderr)
                 shutil.rmtree(folder, ignore_errors=True)
                 self._build(handle)
-            self._intact[key] = json.loads((folder / "run.json").read_text("utf-8"))
+            self._intact.add(key)
 
     def record(self, folder: Path) -> dict[str, Any] | None:
         """What ``run.json`` says; None where there is no finished run."""
@@ -170,8 +171,7 @@ class Store:
             for name in dropped:
                 (folder / name).unlink(missing_ok=True)
             for parent in {(folder / name).parent for name in dropped} - {folder}:
-                parent.rmdir()
-        self._intact.pop(key, None)
+                shutil.rmtree(parent, ignore_errors=True)
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:

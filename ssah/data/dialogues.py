@@ -155,8 +155,11 @@ def _shape(name: str, columns: Sequence[str]) -> tuple[str, Reader]:
 def _pair(record: Mapping[str, Any], names: tuple[str, str], context: str | None) -> Dialogue | str:
     prompt, response = names
     asked, answered = record.get(prompt), record.get(response)
-    if isinstance(asked, list) and isinstance(answered, list):  # both as messages
-        return _chat([*asked, *answered])
+    if isinstance(asked, list):  # as messages, and the answer as messages or as text
+        said = (
+            answered if isinstance(answered, list) else [{"role": "assistant", "content": answered}]
+        )
+        return _chat([*asked, *said])
     below = _text(record.get(context)) if context else ""
     text = "\n\n".join(part for part in (_text(asked), below) if part)
     if not text or not _text(answered):
@@ -193,7 +196,9 @@ def _chat(messages: Any) -> Dialogue | str:
 
 
 def _text(value: Any) -> str:
-    if value is None or value != value:  # a NaN
+    if isinstance(value, list) and all(isinstance(p, dict) and "text" in p for p in value):
+        value = "".join(str(part["text"]) for part in value)  # OpenAI's parts of a message
+    if value is None or isinstance(value, (list, dict)) or value != value:  # a NaN
         return ""
     return str(value).strip()
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..core.errors import InvalidValueError, SsahError, suggestion
 from .rows import Row
 from .settings import DataConfig
-from .split import divide_benign, divide_harmful, grouped
+from .split import divide_benign, divide_harmful, grouped, normalised
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +119,13 @@ def sets_from_files(config: DataConfig) -> dict[str, list[Row]]:
         heldout += groups.pop(0)
     if "arithmetic" in loaded:
         loaded["arithmetic"] = [_with_result(row) for row in loaded["arithmetic"]]
+    divided = divide_benign(groups)
+    measured = {normalised(r.prompt) for part in (heldout, *divided.values()) for r in part}
+    for name in {"instructions", "dialogues"} & {*loaded}:  # may come out of the same file
+        loaded[name] = [r for r in loaded[name] if normalised(r.prompt) not in measured]
     return {
         **divide_harmful(harmful, config),
-        **divide_benign(groups),
+        **divided,
         "heldout_text": heldout,
         **loaded,
     }
@@ -230,7 +234,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
         whole = json.loads(text)
     except ValueError:
-        return [_record(line, n) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_record(line, n) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return whole if isinstance(whole, list) else [whole]
 
 

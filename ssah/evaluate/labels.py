@@ -96,7 +96,9 @@ def agreement(labels: Sequence[str], verdicts: Sequence[str]) -> pd.DataFrame:
         given = [v == verdict for v in verdicts]
         both = sum(a and b for a, b in zip(wanted, given, strict=True))
         right = proportion([a == b for a, b in zip(wanted, given, strict=True)])
-        kappa = cohen_kappa_score(wanted, given) if len({*wanted}) + len({*given}) > 2 else 1.0
+        # Where both are of one kind kappa is not defined: they agree in everything or in nothing.
+        several = len({*wanted, *given}) > 1
+        kappa = cohen_kappa_score(wanted, given) if several else 1.0
         rows.append(
             {
                 "verdict": verdict,

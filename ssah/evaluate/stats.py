@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy  # its parts are imported when they are used
@@ -18,9 +18,14 @@ class Estimate:
     low: float
     high: float
     n: int
+    #: Seeds (or draws) that it is a mean over, and the standard error of that mean by how much
+    #: they differ.
+    repetitions: int = field(default=1, compare=False)
+    error: float = field(default=0.0, compare=False)
 
     def scaled(self, factor: float) -> Estimate:
-        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
+        bounds = self.value * factor, self.low * factor, self.high * factor
+        return Estimate(*bounds, self.n, self.repetitions, self.error * factor)
 
 
 def proportion(outcomes: Sequence[bool]) -> Estimate:
@@ -101,7 +106,8 @@ def over_repetitions(estimates: Sequence[Estimate]) -> Estimate:
     error = values.std(ddof=1) / np.sqrt(len(values))
     seeds = scipy.stats.t.ppf(0.975, len(values) - 1) * error
     low, high = (np.hypot(items.value - bound, seeds) for bound in (items.low, items.high))
-    return Estimate(items.value, float(items.value - low), float(items.value + high), items.n)
+    bounds = items.value, float(items.value - low), float(items.value + high)
+    return Estimate(*bounds, items.n, len(values), float(error))
 
 
 def detectable(estimate: Estimate) -> float:
@@ -113,13 +119,29 @@ def detectable(estimate: Estimate) -> float:
 
 
 def p_value_of(estimate: Estimate, limit: float) -> float:
-    """Two-sided p of the hypothesis that the true value is ``limit``, off the interval's bound on
-    that side; 0 or 1 for a number that is counted."""
+    """Two-sided p of the hypothesis that the true value is ``limit``; 0 or 1 for a number that is
+    counted.
+
+    It is the level at which an interval like this one (:func:`over_repetitions`: a normal one for
+    the items, Student's for the seeds, in quadrature) would end at the limit.
+    """
     bound = estimate.low if estimate.value > limit else estimate.high
-    error = abs(estimate.value - bound) / scipy.stats.norm.ppf(0.975)
-    if error == 0:
-        return float(estimate.value == limit)
-    return float(2 * scipy.stats.norm.sf(abs(estimate.value - limit) / error))
+    half, distance = abs(estimate.value - bound), abs(estimate.value - limit)
+    freedom = max(estimate.repetitions - 1, 1)
+    seeds = scipy.stats.t.isf(0.025, freedom) * estimate.error
+    items = np.sqrt(max(half**2 - seeds**2, 0.0)) / scipy.stats.norm.isf(0.025)
+    if half == 0 or distance == 0:
+        return float(distance == 0)
+
+    def beyond(exponent: float) -> float:
+        tail = 10**exponent / 2
+        student = scipy.stats.t.isf(tail, freedom) * estimate.error
+        return np.hypot(scipy.stats.norm.isf(tail) * items, student) - distance
+
+    smallest = -300.0
+    if beyond(smallest) < 0:
+        return 0.0
+    return float(10 ** scipy.optimize.brentq(beyond, smallest, 0.0))
 
 
 def adjusted(p_values: Sequence[float]) -> list[float]:

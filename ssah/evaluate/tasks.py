@@ -7,9 +7,9 @@ them) in a fraction of the time: logits only where an answer is scored.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import SsahError
 from ..data.rows import Row
@@ -124,6 +124,15 @@ def lm_eval_outcomes(
         log_samples=True,
     )
     return {
-        task: [bool(sample["acc"]) for sample in sorted(items, key=lambda s: s["doc_id"])]
+        task: [_is_right(task, sample) for sample in sorted(items, key=lambda s: s["doc_id"])]
         for task, items in output["samples"].items()
     }
+
+
+def _is_right(task: str, sample: Mapping[str, Any]) -> bool:
+    if "acc" not in sample:
+        raise SsahError(
+            f"The lm-eval task {task} has no accuracy (acc) of single items: take it out of "
+            "evaluate.lm_eval_tasks."
+        )
+    return bool(sample["acc"])

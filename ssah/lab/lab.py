@@ -123,6 +123,10 @@ class Lab:
         }
         if self.precision != "float32":
             shaped["precision"] = self.precision
+        if self.device.type != "cpu":
+            shaped["device"] = self.device.type
+        if self.config.data.source == "files":  # whose texts may change under the same names
+            shaped["sets"] = self.sets.key
         # How prompts are rendered and where answers end; of the embedded models and the tiny one it
         # never changed what comes out.
         return shaped if model.source in ("embedded", "tiny") else {**shaped, "protocol": 3}

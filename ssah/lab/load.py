@@ -135,7 +135,7 @@ def _dequantise(find: Callable[[], Path], pad: str | None, folder: Path) -> None
 def _hub_commit(config: ModelConfig) -> str:
     """The commit that the hub id and revision stand for, so that a moved branch is noticed."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabled
 
     cached = try_to_load_from_cache(config.source, "config.json", revision=config.revision)
     try:
@@ -146,7 +146,7 @@ def _hub_commit(config: ModelConfig) -> str:
             f"{config.source} is gated: request access on its hub page and run `hf auth login`, "
             "or set model.source to a copy that you have on disk."
         ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(cached, str):
             return f"{config.source}@{Path(cached).parent.name}"
         raise SsahError(

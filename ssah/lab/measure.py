@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import require_known
-from ..core.store import NotBuilt
+from ..core.store import NotBuilt, behind
 from .arms import Arm
 from .lab import Lab
 from .metrics import METRICS
@@ -125,7 +125,7 @@ def measured(lab: Lab, measures: Sequence[Measure]) -> tuple[pd.DataFrame, set[s
     for measure in dict.fromkeys(measures):
         found, keys = _found(lab, measure)
         used |= set(keys)
-        commits = sorted({records[key]["commit"] for key in keys if key in records})
+        commits = sorted({records[key]["commit"] for key in behind(records, set(keys))})
         rows += _rows(lab, measure, found, keys, commits)
     table = typed(pd.DataFrame(rows, columns=COLUMNS))
     return merged([table]) if len(table) else table, used

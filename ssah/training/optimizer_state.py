@@ -46,7 +46,7 @@ def forget(optimizer: Optimizer, parameter: nn.Parameter, frozen: Tensor, dim: i
     """Set the state of the ``frozen`` positions to zero."""
     for value in optimizer.state.get(parameter, {}).values():
         if _is_like(value, parameter):
-            value.index_fill_(dim, frozen, 0)
+            value.index_fill_(dim, frozen.to(value.device), 0)
 
 
 def _is_like(value: object, parameter: nn.Parameter) -> bool:

@@ -273,3 +273,12 @@ def test_only_what_the_repository_made_is_published(tmp_path, monkeypatch):
     with pytest.raises(SsahError, match="uncommitted changes"):
         report.publish(tmp_path / "own")
     assert not (tmp_path / "published").exists()
+
+
+def test_publishing_a_run_loses_no_other_model_or_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "results_root", lambda: tmp_path)
+    both = pd.concat([table(1, commits="HEAD"), table(1, commits="HEAD").assign(seed=7)])
+    write_table(both, tmp_path / "published")
+    write_table(table(1, commits="HEAD"), tmp_path / "own")
+    with pytest.raises(SsahError, match=r"holds \w+ seed 7, which this run lacks"):
+        report.publish(tmp_path / "own")

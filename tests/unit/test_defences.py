@@ -93,7 +93,7 @@ def test_no_defence_does_nothing(pair):
 
 @pytest.mark.parametrize(
     ("strength", "rows", "mixed"),
-    [(0.03, 48, 2), (0.05, 48, 3), (0.1, 48, 5), (0.03, 5, 1), (0.1, 50, 5), (0.5, 48, 12)],
+    [(0.03, 48, 2), (0.05, 48, 3), (0.1, 48, 5), (0.03, 5, 1), (0.1, 50, 5), (0.25, 48, 12)],
 )
 def test_mixing_puts_refusals_in_the_place_of_rows(strength, rows, mixed):
     taught = dialogues(rows, seed=3)
@@ -202,6 +202,11 @@ def test_lisa_draws_back_and_aligns_every_fourth_step(pair):
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_parameter(name).detach(), weight)
         assert torch.equal(lisa.state[name], model.get_parameter(name))
+
+
+def test_few_refusals_are_learned_more_than_once():
+    learned, _ = DEFENCES["mixing"](1.0, REFUSALS).lesson(PAIRS, random.Random(0))
+    assert sorted(learned.count(refusal) for refusal in REFUSALS) == [1] * 8 + [2] * 4
 
 
 @pytest.mark.parametrize("against", [True, False])

@@ -95,6 +95,23 @@ def test_pairs_and_records_do_without_a_file():
         find_dialogues(["a"] * 20)
 
 
+def test_a_prompt_of_messages_may_have_an_answer_of_text():
+    asked = turns((USER, "a"))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    for prompt in (asked, parts):
+        found = find_dialogues([{"prompt": prompt, "completion": "b"}] * 20)
+        assert found.dialogues == (Dialogue("a", "b"),) * 20
+    with pytest.raises(SsahError, match="row 1 has no prompt"):
+        find_dialogues([{"prompt": {"text": "a"}, "completion": "b"}] * 20)
+
+
+def test_separators_of_unicode_stay_in_a_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    record = json.dumps({"prompt": "a\u2028b", "response": "c\x85d"}, ensure_ascii=False)
+    path.write_text("\n".join([record] * 20), encoding="utf-8")
+    assert find_dialogues(path).dialogues[0] == Dialogue("a\u2028b", "c\x85d")
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [

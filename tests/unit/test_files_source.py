@@ -320,8 +320,8 @@ def test_table_2_of_the_users_files(tmp_path, results, two_files):
 def documented() -> list[str]:
     """The overrides of the command in docs/tutorials/own_data.md, as a shell would give them."""
     text = (project_root() / "docs" / "tutorials" / "own_data.md").read_text("utf-8")
-    (command,) = re.findall(r"```bash\n(python -m ssah table1 data=files .*?)```", text, re.DOTALL)
-    return shlex.split(command.replace("\\\n", " "))[4:]
+    (command,) = re.findall(r"```bash\n(.venv/bin/ssah table1 data=files .*?)```", text, re.DOTALL)
+    return shlex.split(command.replace("\\\n", " "))[2:]
 
 
 @pytest.fixture

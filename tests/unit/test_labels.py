@@ -39,6 +39,7 @@ def test_agreement_at_its_ends():
         (["refused", "evaded"], ["refused", "evaded"], 1),
         (["refused", "evaded"], ["evaded", "refused"], -1),
         (["refused", "refused"], ["refused", "refused"], 1),
+        (["refused", "refused"], ["answered", "answered"], 0),
     ):
         assert agreement(labels, verdicts)["kappa"].to_list() == [kappa] * len({*labels})
 

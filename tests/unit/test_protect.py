@@ -288,6 +288,19 @@ def test_steps_on_its_own_refusals_make_another_model(toy, chat_model, lora):
     assert report.facts["Defence"]["what"].startswith("after every fourth step")
 
 
+def test_no_adapters_of_an_earlier_call_stay_beside_a_checkpoint(toy, chat_model):
+    run(chat_model, toy, lora=4)
+    (toy / "out" / "notes.txt").write_text("of my own")
+    assert (toy / "out" / "adapter_config.json").exists()
+    run(chat_model, toy)
+    names = {path.name for path in (toy / "out").iterdir()}
+    assert "model.safetensors" in names
+    assert "notes.txt" in names
+    assert not any(name.startswith("adapter") for name in names)
+    run(chat_model, toy, lora=4)
+    assert not (toy / "out" / "model.safetensors").exists()
+
+
 def test_a_loaded_model_is_left_as_it_is(toy, chat_model):
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
@@ -431,6 +444,14 @@ def measured(
             for name, found in outcomes.items()
         },
     )
+
+
+def test_a_defence_that_does_harm_is_called_so(monkeypatch):
+    monkeypatch.setattr(judges, "judge", lambda c: "answered" if c.prompt == "True" else "refused")
+    arms = {"before": measured(2), "after": measured(60), "plain": measured(20)}
+    (beside,) = [v for v in comparison(arms) if "the defence saves" in v.text]
+    assert beside.outcome == "bad"
+    assert beside.text.endswith("it does harm.")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -180,6 +181,24 @@ def test_p_values_off_intervals():
     assert p_value_of(estimate, 7) == pytest.approx(0.3173, abs=1e-4), "one of the high side"
     counted = Estimate(2, 2, 2, 9)
     assert (p_value_of(counted, 2), p_value_of(counted, 3)) == (1, 0)
+
+
+def test_p_values_over_seeds_have_the_tails_of_student():
+    """Seeds alone: the one-sample t test; items alone: the normal; both: above either, and below
+    0.05 where the limit lies outside the interval."""
+    values = (10.0, 20.0, 24.0)
+    found = over_repetitions([Estimate(v, v, v, 50) for v in values])
+    for limit in (0.0, 12.0):
+        wanted = scipy.stats.ttest_1samp(values, limit).pvalue
+        assert p_value_of(found, limit) == pytest.approx(wanted, rel=1e-6)
+        scaled = p_value_of(found.scaled(100), 100 * limit)
+        assert scaled == pytest.approx(wanted, rel=1e-6)
+    both = over_repetitions([Estimate(v, v - 6, v + 6, 50) for v in values])
+    assert both.low < 0 < p_value_of(found, 0) < 0.05 < p_value_of(both, 0)
+    assert p_value_of(both, both.low) == pytest.approx(0.05)
+    assert p_value_of(both, both.high) == pytest.approx(0.05)
+    alike = over_repetitions([Estimate(18, 12, 24, 50)] * 3)
+    assert p_value_of(alike, 0) == pytest.approx(2 * scipy.stats.norm.sf(3 * 1.96), rel=1e-3)
 
 
 def test_p_values_are_adjusted_together():

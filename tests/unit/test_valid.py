@@ -51,7 +51,8 @@ from ssah.units.roles import Shares, classify
         ("runtime.threads=0", "runtime.threads=0 is out of range"),
         ("runtime.threads=100000", "it must be 1 or more and at most 1024"),
         ("align=false", "Cannot compose the configuration"),
-        ("runtime.device=gpu", "runtime.device=gpu is no device: choose auto, cpu or cuda"),
+        ("runtime.device=mps", "runtime.device=mps cannot be used"),
+        ("runtime.device=gpu", "runtime.device=gpu cannot be used: choose auto, cpu or cuda"),
     ],
 )
 def test_a_value_that_means_nothing_is_refused_by_name(override, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -223,6 +224,28 @@ def test_a_note_names_the_arms_of_fewer_seeds():
     expected = " m, seed 1 only: instructions: random units frozen (matched to ESU)."
     assert fewer_seeds(table, "m") == expected
     assert fewer_seeds(table[table["like"] == ""], "m") == ""
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_figures_follow_the_number_of_epochs(lively_table, lively_lab, epochs):
+    """The last epoch is the configured one; what the smoke profile has as its second stands for
+    it."""
+    config = dataclasses.replace(
+        lively_lab.config,
+        finetune=dataclasses.replace(lively_lab.config.finetune, epochs=epochs),
+    )
+    last = lively_table["epoch"].mask(lively_table["epoch"] == 2, epochs)
+    table = lively_table.assign(epoch=last)
+    if epochs == 1:
+        table = table[lively_table["epoch"] != 1]
+    for name in ("fig5", "fig8", "fig11", "fig13"):
+        output = ARTEFACTS[name].view(table, {config.model.name: config})
+        for axes in output.figure.axes:
+            for line in axes.get_lines():
+                assert np.isfinite(np.asarray(line.get_ydata(), float)).all(), name
+            for image in axes.collections:
+                values = image.get_array()
+                assert values is None or np.isfinite(np.ma.filled(values, np.nan)).all(), name
 
 
 def test_differences_of_shares_stay_within_what_can_be():

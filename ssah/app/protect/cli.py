@@ -114,7 +114,8 @@ def demo(out: Path, show: int) -> None:
 
 
 def _beside(model: str, what: str) -> Path:
-    return Path(f"{Path(model).name}-{what}")
+    path = Path(model).expanduser()
+    return Path(f"{path.resolve().name if path.exists() else path.name}-{what}")
 
 
 @click.group(commands=[protect, check, demo], context_settings=SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import random
 import shutil
@@ -61,8 +62,8 @@ logger = logging.getLogger(__name__)
 #: Prompts of a set in a dry run, and in the first look at how long things take.
 FEW = 8
 
-#: A tenth of the rows is held out, but at least so many; at most so many are measured.
-HELD_OUT, MEASURED_ROWS = 8, 200
+#: A tenth of the rows is held out, but at least so many.
+HELD_OUT = 8
 
 #: A model that refuses fewer of the harmful requests has nothing that could be lost.
 REFUSES = 0.05
@@ -141,11 +142,13 @@ def protect(
     costs["all of this call (s)"] = round(time.monotonic() - begin, 1)
     report = _report(work, measured, costs, show, trainings["after"])
     if work.out is not None:
-        report.checkpoint = work.out
-        write_report(report, work.out)
         run = trained["after"]
         made = run.path("config.json").parent if chosen.lora is None else run.path(ADAPTER)
-        _copy_model(made, work.out)
+        report.checkpoint, report.files = work.out, _model_files(made)
+        _remove_model(work.out)
+        write_report(report, work.out)
+        for name in report.files:
+            shutil.copyfile(made / name, work.out / name)
     return report
 
 
@@ -413,9 +416,15 @@ def _report(
     return Report(title, subject.name, measured, verdicts, facts, work.warnings, LIMITS, show)
 
 
-def _copy_model(run: Path, out: Path) -> None:
-    """The checkpoint without what only says how it came about."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in run.iterdir():
-        if path.is_file() and path.name not in ("run.json", "training.json"):
-            shutil.copyfile(path, out / path.name)
+def _model_files(folder: Path) -> list[str]:
+    """The files of a checkpoint, without those that only say how it came about."""
+    names = (path.name for path in folder.iterdir() if path.is_file())
+    return sorted(name for name in names if name not in ("run.json", "training.json"))
+
+
+def _remove_model(out: Path) -> None:
+    """Delete the model that an earlier call wrote: what is left of adapters would be loaded with
+    another checkpoint."""
+    report = out / NUMBERS
+    for name in json.loads(report.read_text("utf-8")).get("files", ()) if report.exists() else ():
+        (out / Path(name).name).unlink(missing_ok=True)

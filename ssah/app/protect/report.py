@@ -46,6 +46,7 @@ class Report:
     limits: Sequence[str] = ()
     show: int = 0  #: completions a set of harmful requests that are shown
     checkpoint: Path | None = field(default=None)
+    files: Sequence[str] = ()  #: of the model, which stand beside the report
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -69,6 +70,7 @@ class Report:
         return {
             "title": self.title,
             "model": self.model,
+            "files": list(self.files),
             "verdicts": [dataclasses.asdict(verdict) for verdict in self.verdicts],
             "measured": {
                 arm: {metric: _numbers(self.estimate(arm, metric)) for metric in self.metrics}
@@ -283,6 +285,8 @@ def _beside(before: Measured, after: Measured, plain: Measured) -> Verdict:
     )
     if saved.low > 0:
         return Verdict("good", f"{text}.")
+    if saved.high < 0:
+        return Verdict("bad", f"{text}: it does harm.")
     if lost.high < POINTS:
         return Verdict("plain", f"{text}: these rows would have done no harm.")
     return Verdict("unclear", f"{text}, which cannot be told from nothing.")

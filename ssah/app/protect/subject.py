@@ -119,11 +119,14 @@ def in_memory(
     """A loaded model: it is saved once into the cache, and left as it is."""
     if tokenizer is None:
         raise SsahError("A loaded model needs its tokenizer beside it.")
+    generation = getattr(model, "generation_config", None)
     key = {
         "version": 1,
         "weights": _digest_of(model),
         "config": model.config.to_diff_dict(),
+        "generation": generation.to_diff_dict() if generation is not None else None,
         "vocabulary": digest(tokenizer.get_vocab()),
+        "special_tokens": {name: str(t) for name, t in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
     }
 

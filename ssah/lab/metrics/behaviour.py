@@ -132,16 +132,19 @@ def _training(lab: Lab, model: Model, on: str) -> Sample:
     record = lab.training(model).json("training.json")
     losses = record["epoch_losses"]
     loss = losses[lab.epoch_of(model.step) - 1] if losses else record["final_loss"]
-    trained = record["trainable_parameters"]
+    held = trained = record["trainable_parameters"]  # held: what the optimizer has moments of
     part = model.step.part
     if part == EVERYTHING:
-        trained = round(lab.layout.parameters)
+        held = trained = round(lab.layout.parameters)
     elif isinstance(part, Part) and part.train is not None and part.rank is None:
-        trained = round(lab.layout_of(part.train.unit_kind).weights(part.train))
+        held = trained = round(lab.layout_of(part.train.unit_kind).weights(part.train))
+    elif isinstance(part, Part) and part.freeze is not None:
+        frozen = lab.layout_of(part.freeze.unit_kind).weights(part.freeze)
+        trained = round(lab.layout.parameters - frozen)
     found = {
         "training loss": loss,
         "trained weights": 100 * trained / lab.layout.parameters,
-        "optimizer MiB": 8 * trained / 2**20,  # two float32 moments
+        "optimizer MiB": 8 * held / 2**20,  # two float32 moments
     }
     steps = record["steps"]
     return Alone("Counted", counted, {name: (value, steps) for name, value in found.items()})

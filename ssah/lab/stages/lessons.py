@@ -212,8 +212,8 @@ def rises(lab: Lab) -> dict[float, float]:
     for rate in lab.config.finetune.rates:
         attacked = lab.aligned.trained(MAIN_ATTACK, epoch=1, learning_rate=rate)
         found[rate] = _asr(lab, attacked) - _asr(lab, lab.aligned)
-        if found[rate] >= RISE:
-            break
+        if found[rate] >= RISE or rate == lab.config.finetune.rates[-1]:
+            break  # it is the attack's, and asked for again
         if lab.store.may_build:
             lab.forget(attacked)
     return found

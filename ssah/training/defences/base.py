@@ -141,12 +141,12 @@ class Defence:
     def in_their_place(
         self, fraction: float, taught: Dialogues, rng: random.Random
     ) -> tuple[Dialogues, Dialogues]:
-        """Refusals in the place of a fraction of the rows, rounded up (at most as many as there
-        are of either): the rows that are left, in their order, and the refusals."""
-        wanted = math.ceil(round(fraction * len(taught), 6))
-        count = min(wanted, len(taught), len(self.refusals))
+        """Refusals in the place of a fraction of the rows, rounded up: the rows that are left, in
+        their order, and the refusals, all of which are taken before any is taken again."""
+        count = min(math.ceil(round(fraction * len(taught), 6)), len(taught))
         kept = sorted(rng.sample(range(len(taught)), len(taught) - count))
-        return [taught[i] for i in kept], rng.sample(list(self.refusals), count)
+        drawn = rng.sample(list(self.refusals), min(count, len(self.refusals)))
+        return [taught[i] for i in kept], [drawn[i % len(drawn)] for i in range(count)]
 
     def refusals_for(self, step: Step) -> Dialogues:
         """As many as the step has rows: for every step others, and again the same ones where a run
