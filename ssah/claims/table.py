@@ -163,7 +163,7 @@ def published_by_model(*, headline: bool) -> pd.DataFrame:
 
 def claims_of_all(results: Path) -> pd.DataFrame:
     """:func:`claims_table` of each model that a results folder holds, one below the other."""
-    models = read_table(results)["model"].unique()
+    models = read_table(results)["model"].unique().tolist() or [None]
     parts = [claims_table(results, model).assign(model=model) for model in models]
     table = pd.concat(parts, ignore_index=True)
     return table[["model", *table.columns.drop("model")]]
