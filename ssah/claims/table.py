@@ -58,7 +58,8 @@ def verdict(claim: dict[str, Any], estimate: Estimate, adjusted_p: float = 0.0) 
     """Whether a claim holds; of many claims some would by chance, so that ``adjusted_p`` has to be
     at most 0.05 as well.
 
-    A difference that is not told from 0 is either none that matters, or one that this many items
+    What lies on one side, and no longer does when all claims are adjusted together, is undecided. A
+    difference that is not told from 0 is either none that matters, or one that this many items
     and seeds cannot exclude.
     """
     limit, margin = claim["limit"], claim["margin"]
@@ -68,11 +69,11 @@ def verdict(claim: dict[str, Any], estimate: Estimate, adjusted_p: float = 0.0) 
         holds, fails = estimate.high < limit, estimate.low >= limit
     if adjusted_p <= LEVEL and (holds or fails):
         return "holds" if holds else "does not hold"
-    if pd.isna(margin):
-        return "undecided"
     reach = max(abs(estimate.low), abs(estimate.high))
     if reach < margin:
         return f"no difference as large as {margin:g} {claim['unit']}"
+    if pd.isna(margin) or holds or fails:
+        return "undecided"
     return f"too few data: a difference of {reach:.2g} {claim['unit']} is possible"
 
 

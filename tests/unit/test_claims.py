@@ -101,6 +101,7 @@ def test_a_claim_holds_where_the_whole_interval_is_on_its_side(direction, low, h
         (-3, 14.2, 1, "too few data: a difference of 14 points is possible"),
         (1, 9, 0.01, "holds"),
         (1, 9, 0.051, "no difference as large as 10 points"),
+        (1, 12, 0.051, "undecided"),
         (-30, -1, 0.01, "does not hold"),
     ],
 )
