@@ -46,6 +46,10 @@ img {max-width: 100%; background: white} .wide, pre {overflow-x: auto}
 """
 
 
+#: Pages with blocks that name claims.
+CLAIMING = ("docs/faq.md", "docs/defences.md")
+
+
 def print_claims(results: Path) -> None:
     """The claims table, as the last thing that ``make reproduce`` prints."""
     table = Table(title=f"Claims ({results})", show_lines=True)
@@ -146,8 +150,9 @@ def refresh_published() -> None:
     _fill("README.md", "claims", published_by_model(headline=True))
     claims = published_by_model(headline=False)
     _fill("docs/claims.md", "claims", claims)
-    for block, names in claim_blocks("docs/faq.md"):
-        _fill("docs/faq.md", block, claims.loc[names])
+    for page in CLAIMING:
+        for block, names in claim_blocks(page):
+            _fill(page, block, claims.loc[names])
     _fill("docs/reproduction.md", "times", times(published))
     costs = published / "tables" / "bench.csv"
     if costs.exists():

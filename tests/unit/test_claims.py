@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from ssah.app.report import claim_blocks
+from ssah.app.report import CLAIMING, claim_blocks
 from ssah.artefacts import ARTEFACTS
 from ssah.claims import table as claims_module
 from ssah.claims.table import (
@@ -206,11 +206,12 @@ def test_seeds_are_named_where_others_have_more(tmp_path, monkeypatch):
 # --- pages that name claims ------------------------------------------------------------------
 
 
-def test_the_questions_show_claims_that_there_are():
-    blocks = claim_blocks("docs/faq.md")
+@pytest.mark.parametrize("page", CLAIMING)
+def test_pages_show_claims_that_there_are(page):
+    blocks = claim_blocks(page)
     assert blocks
     shown = published_by_model(headline=False)
-    text = (project_root() / "docs" / "faq.md").read_text("utf-8")
+    text = (project_root() / page).read_text("utf-8")
     for block, names in blocks:
         assert shown.loc[names].to_markdown(index=False) in text, block
 

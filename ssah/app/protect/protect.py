@@ -408,7 +408,11 @@ def _report(
         },
         "Defence": done,
         "Settings": dataclasses.asdict(settings)
-        | {"learning_rate": settings.rate, "rows at once in memory": work.at_once},
+        | {
+            "share": settings.refusals_a_row or None,
+            "learning_rate": settings.rate,
+            "rows at once in memory": work.at_once,
+        },
         "Cost": {"memory that training needs": memory, **costs},
     }
     title = "Fine-tuning with its refusals protected" if training else "Before fine-tuning"
