@@ -71,20 +71,18 @@ class Artefact:
 
     def _view(self, table: pd.DataFrame, config: Config) -> Output:
         """Of one model; where a view says why there is nothing to show, this stands there."""
-        from .pick import fewer_seeds
-
         view = getattr(self._module, self.id)
         if self.is_table:
-            output = view(table, config)
-        else:
-            from .draw import styled
+            from .pick import fewer_seeds
 
-            with styled():
-                output = view(table, config)
-            if not output.figure:
-                return self.empty(output.note)
-        output.note = output.note.strip() + fewer_seeds(table, config.model.name)
-        return output
+            output = view(table, config)
+            output.note += fewer_seeds(table)
+            return output
+        from .draw import styled
+
+        with styled():
+            output = view(table, config)
+        return output if output.figure else self.empty(output.note)
 
     @property
     def is_table(self) -> bool:

@@ -100,12 +100,20 @@ def _ask_tax(arm: Arm, given: Arm) -> list[Measure]:
 # --- what is shown ---------------------------------------------------------------------------
 
 
+#: What the reference file calls the paper's models.
+_PRINTED = {
+    "pretrained": "as it was pretrained",
+    "alpaca:full": "after Alpaca",
+    "alpaca:ru20": "after Alpaca through 20 % RU",
+}
+
+
 def table4(table: pd.DataFrame, config: Config) -> Output:
     """Aligning through RU, through everything, and through other parts (Table 4)."""
     columns = {("mmlu", "accuracy"): "MMLU", ("gsm8k_5shot", "accuracy"): "GSM8K"}
     columns |= {("hellaswag", "accuracy"): "HellaSwag", ("mt_bench_turn1", "mt_bench_score"): "MT"}
     printed = "; ".join(
-        f"{row['model'].removeprefix('paper: ')} {row['aligned through']} "
+        f"{row['model'].removeprefix('paper: ')} {_PRINTED[row['aligned through']]} "
         + " ".join(f"{name} {row[name]}" for name in columns.values() if name in row)
         for row in paper_rows("table4", columns, "aligned through")
     )

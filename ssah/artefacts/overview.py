@@ -21,7 +21,7 @@ from . import Output
 from .defences import ask_table_defences
 from .draw import COLOURS, panels, reach
 from .freezing import ask_table2
-from .pick import arms_of, estimate, format_estimate, name_of_arm
+from .pick import arms_of, estimate, fewer_seeds, format_estimate, name_of_arm, rows_of
 from .unit_roles import ask_table1
 
 #: Columns of an arm that is fine-tuned.
@@ -61,10 +61,12 @@ def fig_overview(table: pd.DataFrame, config: Config) -> Output:
     """ASR of the aligned model, and of what is made of it."""
     found = [(name, columns, estimate(table, "ASR", **columns)) for name, columns in _SHOWN]
     known = [(name, columns.get("rule"), e) for name, columns, e in found if e is not None]
+    shown = pd.concat([rows_of(table, "ASR", **columns) for _, columns in _SHOWN])
     output = Output(
         "ASR: share of the held-out harmful prompts that are answered. Black: controls with "
         "equally many heads and neurons, drawn at random, as the line above. Fine-tuned: one epoch "
         f"on {MAIN_ATTACK}. Bars: 95 % intervals, over prompts and, where there are several, seeds."
+        + fewer_seeds(shown)
     )
     output.figure, axes = panels(7, 1.0 + 0.28 * len(known))
     for row, (_, rule, e) in enumerate(known):

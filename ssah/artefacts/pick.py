@@ -89,15 +89,17 @@ def name_of_arm(arm: dict[str, Any]) -> str:
     return Arm(lambda: None, **arm).name  # type: ignore[arg-type, return-value]
 
 
-def fewer_seeds(table: pd.DataFrame, model: str) -> str:
-    """Which arms of a model were not measured for every seed that others were, as a sentence of a
-    note; "" where all were."""
+def fewer_seeds(table: pd.DataFrame) -> str:
+    """Which arms have no ASR (no accuracy, where there is no ASR) of some seed that others have, as
+    a sentence of a note; "" where all have."""
+    metric = "ASR" if (table["metric"] == "ASR").any() else "accuracy"
+    table = table[table["metric"] == metric]
     every, by_seeds = sorted(set(table["seed"])), dict[tuple[int, ...], list[str]]()
     for name, rows in _by_arm(table).items():
         seeds = tuple(sorted(set(rows["seed"])))
         by_seeds.setdefault(seeds, []).append(name)
     return "".join(
-        f" {model}, seed {', '.join(map(str, seeds))} only: {'; '.join(names)}."
+        f" Seed {', '.join(map(str, seeds))} only: {'; '.join(names)}."
         for seeds, names in by_seeds.items()
         if list(seeds) != every
     )

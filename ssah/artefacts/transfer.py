@@ -226,7 +226,7 @@ def _after_aligning(artefact: str, table: pd.DataFrame, config: Config) -> Outpu
     """The same as a matrix (Fig. 9), and for attention heads and MLP neurons (Fig. 10)."""
     found = _aligned(artefact, table, config)
     columns = len(next(iter(found.values())))
-    return _heat_maps(no_pair(config) or _HOW_ALIGNED, found, 3.4 * columns, 1.9, BEFORE)
+    return _heat_maps(no_pair(config) or _HOW_ALIGNED.strip(), found, 3.4 * columns, 1.9, BEFORE)
 
 
 fig9, fig10 = (functools.partial(_after_aligning, artefact) for artefact in ("fig9", "fig10"))

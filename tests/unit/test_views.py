@@ -221,9 +221,9 @@ def test_a_note_names_the_arms_of_fewer_seeds():
     rows += [frozen | {"rule": "nothing", "seed": seed, "epoch": seed + 1} for seed in (0, 1)]
     rows += [frozen | {"rule": "random", "like": "ESU", "epoch": e, "seed": 1} for e in (1, 2)]
     table = typed(pd.DataFrame([row | {"model": "m", "value": 1.0} for row in rows]))
-    expected = " m, seed 1 only: instructions: random units frozen (matched to ESU)."
-    assert fewer_seeds(table, "m") == expected
-    assert fewer_seeds(table[table["like"] == ""], "m") == ""
+    expected = " Seed 1 only: instructions: random units frozen (matched to ESU)."
+    assert fewer_seeds(table) == expected
+    assert fewer_seeds(table[table["like"] == ""]) == ""
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
