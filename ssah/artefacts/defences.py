@@ -63,6 +63,7 @@ def ask_table_defences(lab: Lab) -> list[Measure]:
             asked += compared(arm, attack, plain, ONE_EPOCH)
         for arm in own:
             asked.append(Measure(arm, "ASR", "", frozen, CU6))
+            asked.append(Measure(arm, "ASR", "", whole, BEFORE))
             if has_prompts(lab, "borderline"):
                 asked.append(Measure(arm, "refused", "borderline", whole, BEFORE))
             alone = defended.without_freezing(arm, own)
