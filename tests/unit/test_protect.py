@@ -221,8 +221,8 @@ def test_before_after_and_plain_side_by_side(toy, chat_model):
         ("after", "before"), ("plain", "before"), ("after", "plain"),
     }  # fmt: skip
     assert data["facts"]["Rows"]["learned from"] == 32
-    assert data["facts"]["Defence"]["its own refusals"].startswith("8 beside 32 rows")
-    assert data["facts"]["Settings"]["share"] == 0.25
+    assert data["facts"]["Defence"]["its own refusals"].startswith("3 beside 32 rows")
+    assert data["facts"]["Settings"]["share"] == 0.1
     assert {"training, after (s)", "training, plain (s)"} <= set(data["facts"]["Cost"])
     assert any(limit.startswith("Jailbreaks") for limit in data["limits"])
     again = run(chat_model, toy, compare=True)

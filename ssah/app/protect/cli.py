@@ -17,7 +17,7 @@ from .settings import DEFENCES, Settings
 #: Setting -> what its option says.
 SAID = {
     "defence": f"{', '.join(DEFENCES)}.",
-    "share": "Refusals that mixing puts among the rows, as a fraction of them  [default: 0.25]",
+    "share": "Refusals that mixing puts among the rows, as a fraction of them  [default: 0.1]",
     "epochs": "How often the rows are learned.",
     "learning_rate": "At the beginning; it falls to nothing  [default: 2e-5, with --lora 2e-4]",
     "batch_size": "Rows a step.",
