@@ -205,8 +205,9 @@ def paper_rows(
 
 
 def format_estimate(e: Estimate | None, digits: int = 1) -> str:
-    """``12.0 [7.0, 19.8]``; a number without an interval alone."""
-    if e is None:
+    """``12.0 [7.0, 19.8]``; a number without an interval alone, and nothing for none (the
+    precision of a verdict that was never given)."""
+    if e is None or math.isnan(e.value):
         return ""
     if e.low == e.high:
         return f"{e.value:.{digits}f}"

@@ -248,6 +248,10 @@ def test_figures_follow_the_number_of_epochs(lively_table, lively_lab, epochs):
                 assert values is None or np.isfinite(np.ma.filled(values, np.nan)).all(), name
 
 
+def test_what_is_no_number_is_left_empty():
+    assert format_estimate(Estimate(math.nan, math.nan, math.nan, 3)) == ""
+
+
 def test_differences_of_shares_stay_within_what_can_be():
     rows = [
         {"model": "m", "seed": seed, "metric": "ASR", "against": "before", "value": value,
