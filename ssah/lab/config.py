@@ -166,7 +166,8 @@ class ExperimentConfig:
 
 @dataclass
 class RuntimeConfig:
-    """How to run; nothing but the precision changes what is computed."""
+    """How to run; nothing but the precision and the kind of device, which are in the keys, changes
+    what is computed."""
 
     device: str = "auto"
     #: Of matrix products; auto is bfloat16 where the hardware has it. Part of every key, since
