@@ -18,7 +18,7 @@ from ..lab.units_of import RU
 from . import Output
 from .draw import COLOURS, panels, reach
 from .freezing import name_of
-from .pick import arms_of, estimate, filled, paper_rows, tasks_of, text
+from .pick import arms_of, estimate, fewer_seeds, filled, paper_rows, tasks_of, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,7 +182,7 @@ def fig_budget(table: pd.DataFrame, config: Config) -> Output:
         "model, nats per token): the lower left is the better bargain; numbers are those of the "
         "names. Right: ASR before (hollow) and after (filled) one epoch of fine-tuning on "
         "instructions: is a model that was aligned through fewer units easier to break? 95 % "
-        "intervals, seeds pooled." + _unattacked(config) + _more(table)
+        "intervals, seeds pooled." + _unattacked(config) + _more(table) + fewer_seeds(table)
     )
     output.figure, (left, right) = panels(10, 2.5 + 0.3 * len(arms), 1, 2)
     _draw_bargain(left, table, arms)

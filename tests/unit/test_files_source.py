@@ -100,6 +100,14 @@ def test_a_further_set_is_taken_as_it_is(tmp_path, two_files):
     assert (len(trained), len(rest)) == (16, 8)
 
 
+def test_rows_of_an_attack_are_none_that_something_is_measured_on(tmp_path, two_files):
+    """Both may come out of one hub set, as the paper profile's do."""
+    own = answered("tell", 30)
+    both = given(tmp_path, "instructions", [*answered("do", 460), *own])
+    found = lab_of(tmp_path, [*two_files, both])
+    assert [row.prompt for row in found.rows("instructions")] == [row["prompt"] for row in own]
+
+
 def test_ours_are_there_and_the_users_replace_them(tmp_path, two_files):
     ours = lab_of(tmp_path, two_files).rows("arithmetic")
     problems = arithmetic_problems(400, 0)
