@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..lab import catalogue
-from ..lab.arms import Arm
+from ..lab.arms import Arm, units_name
 from ..lab.catalogue import ALL_UNITS
 from ..lab.config import Config
 from ..lab.lab import Lab
@@ -70,15 +70,24 @@ def ask_fig_budget(lab: Lab) -> list[Measure]:
 
 def ask_table4(lab: Lab) -> list[Measure]:
     """The same; and the paper's own setting, where the unaligned model learns harmless rows."""
-    asked = ask_fig_budget(lab)
-    if not asked:
-        return asked
+    return ask_fig_budget(lab) + ask_table_instructions(lab)
+
+
+def ask_table_instructions(lab: Lab) -> list[Measure]:
+    """What the unaligned model learns from harmless rows, and what it loses."""
+    if not lab.config.align.enabled:
+        return []
     (given,) = catalogue.unaligned(lab)
-    for attack in lab.config.experiment.instructed:
-        for *_, arm in catalogue.instruction_arms(lab, attack):
+    attacks, asked = lab.config.experiment.instructed, []
+    for attack in attacks:
+        whole, ru, random = (arms[-1] for arms in catalogue.instruction_arms(lab, attack))
+        for arm in (whole, ru, random):
             asked += [Measure(arm, "ASR"), Measure(arm, "training"), *_ask_tax(arm, given)]
             asked.append(Measure(arm, "held-out gain", attack, given, GIVEN_MODEL))
-    return asked
+        for other, than in ((whole, WHOLE), (random, RANDOM)):
+            asked.append(Measure(ru, "held-out gain", attack, other, than))
+            asked += [Measure(ru, metric, "", other, than) for metric in ("accuracy", "perplexity")]
+    return [Measure(given, "ASR"), *_ask_tax(given, given), *asked] if asked else []
 
 
 def _ask_arm(lab: Lab, arm: Arm) -> list[Measure]:
@@ -110,15 +119,8 @@ _PRINTED = {
 
 def table4(table: pd.DataFrame, config: Config) -> Output:
     """Aligning through RU, through everything, and through other parts (Table 4)."""
-    columns = {("mmlu", "accuracy"): "MMLU", ("gsm8k_5shot", "accuracy"): "GSM8K"}
-    columns |= {("hellaswag", "accuracy"): "HellaSwag", ("mt_bench_turn1", "mt_bench_score"): "MT"}
-    printed = "; ".join(
-        f"{row['model'].removeprefix('paper: ')} {_PRINTED[row['aligned through']]} "
-        + " ".join(f"{name} {row[name]}" for name in columns.values() if name in row)
-        for row in paper_rows("table4", columns, "aligned through")
-    )
     if no_pair(config):
-        return Output(no_pair(config), pd.DataFrame({"paper": printed.split("; ")}))
+        return Output(no_pair(config), pd.DataFrame({"paper": _printed()}))
     rows = [_row(table, "nothing", {"base": "unaligned"})]
     rows += [_row(table, name_of(arm), arm) for arm in _arms(table)]
     return Output(
@@ -133,9 +135,70 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
         "KL from the unaligned model on benign prompts, nats per token. `make bench` has seconds "
         "and memory; ASR on other prompts "
         "and with a prefix is in measurements.csv. The paper aligns with instructions and reports "
-        f"no safety: {printed}." + _unattacked(config) + _more(table),
+        f"no safety (table_instructions): {'; '.join(_printed())}."
+        + _unattacked(config)
+        + _more(table),
         filled(pd.DataFrame(rows)),
     )
+
+
+def _printed() -> list[str]:
+    """The paper's Table 4, a sentence for each of its models."""
+    columns = {("mmlu", "accuracy"): "MMLU", ("gsm8k_5shot", "accuracy"): "GSM8K"}
+    columns |= {("hellaswag", "accuracy"): "HellaSwag", ("mt_bench_turn1", "mt_bench_score"): "MT"}
+    return [
+        f"{row['model'].removeprefix('paper: ')} {_PRINTED[row['aligned through']]} "
+        + " ".join(f"{name} {row[name]}" for name in columns.values() if name in row)
+        for row in paper_rows("table4", columns, "aligned through")
+    ]
+
+
+def table_instructions(table: pd.DataFrame, config: Config) -> Output:
+    """What the paper's Table 4 teaches: instructions, through RU and through everything."""
+    arms = arms_of(table, base="unaligned", method="trained", setting=catalogue.LEARNS)
+    reason = no_pair(config)
+    if not arms and not reason:
+        reason = (
+            f"Not measured here: nothing that {config.model.name} learns is named in "
+            "`experiment.instructed`; `experiment.instructed=[arithmetic]` names something."
+        )
+    if reason:
+        return Output(reason, pd.DataFrame({"paper": _printed()}))
+    rows = [_learned_row(table, arm) for arm in ({"base": "unaligned"}, *arms)]
+    tuning = config.finetune
+    counts = ", ".join(f"{tuning.rows[attack]} {attack}" for attack in _attacks_of(arms))
+    return Output(
+        "The paper's own setting: the unaligned model learns harmless rows and no refusals, "
+        f"through all units for one epoch, through a part of them for {tuning.epochs}. Rows: "
+        f"{counts}; rate {tuning.learning_rate:g}, the same for every arm. RU and the random "
+        "control are those of Table 4. Held-out gain: nats per token by which held-out rows of the "
+        "same kind, with other prompts, became likelier. Perplexity: of harmless answers, times "
+        "that of the unaligned model. Accuracy change: "
+        f"{tasks_of(table, config)}, points against the unaligned model on the same items. Drift: "
+        "KL from the unaligned model on benign prompts, nats per token. ASR: harmful prompts that "
+        f"are answered. The paper: {'; '.join(_printed())}.",
+        filled(pd.DataFrame(rows)),
+    )
+
+
+def _attacks_of(arms: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(arm["attack"] for arm in arms))
+
+
+def _learned_row(table: pd.DataFrame, arm: dict[str, Any]) -> dict[str, str]:
+    weights, attack = estimate(table, "trained weights", **arm), arm.get("attack", "")
+    than = {"against": GIVEN_MODEL, **arm}
+    return {
+        "learns": attack or "nothing",
+        "through": units_name(arm["rule"], arm["like"]) if attack else "",
+        "epochs": str(arm["epoch"]) if attack else "",
+        "weights %": "" if weights is None else f"{weights.value:.1f}",
+        "held-out gain": text(table, "held-out gain", 2, set=attack, **than) if attack else "",
+        "accuracy change": text(table, "accuracy", set="average", **than),
+        "perplexity, x": text(table, "perplexity", 2, **than),
+        "drift": text(table, "drift", 3, **arm),
+        "ASR": text(table, "ASR", **arm),
+    }
 
 
 def _arms(table: pd.DataFrame) -> list[dict[str, Any]]:

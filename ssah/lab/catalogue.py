@@ -564,6 +564,10 @@ def _by_value_row(layout: UnitLayout, rank: Rank) -> Rank:
     return shared
 
 
+#: The paper's alignment, as a setting: the unaligned model learns the rows of an attack.
+LEARNS = "learns harmless rows"
+
+
 def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
     """The paper's alignment: the given model learns from harmless rows, by the paper's rule for
     the number of epochs."""
@@ -577,7 +581,7 @@ def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
 
         return _each_epoch(
             trained, epochs, base="unaligned", method="trained", rule=rule, like=like,
-            attack=attack, setting="learns harmless rows",
+            attack=attack, setting=LEARNS,
         )  # fmt: skip
 
     long = lab.config.finetune.epochs

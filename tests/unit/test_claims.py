@@ -122,6 +122,26 @@ def test_of_many_claims_some_would_hold_by_chance(tmp_path, monkeypatch):
         assert claims_table(tmp_path / "published")["verdict"][0] == wanted
 
 
+def test_an_alignment_has_to_have_something_to_take_away(tmp_path, monkeypatch):
+    """A pretrained model that only repeats requests has an ASR of 0 before and after."""
+    monkeypatch.setattr(claims_module, "results_root", lambda: tmp_path)
+    safe = claim(base="unaligned", method="trained", rule="RU", direction="below", limit=20.0)
+    learned = safe | {"id": "two", "metric": "accuracy", "direction": "above", "limit": 0.0}
+    monkeypatch.setattr(claims_module, "claims", lambda: (safe, learned))
+    for before, wanted in ((19.0, "says nothing: unaligned, it answers 19 %"), (20.0, "holds")):
+        given = row(before, before - 5, before + 5, base="unaligned")
+        aligned = [
+            row(1, 0, 3, base="unaligned", method="trained", rule="RU", metric=metric)
+            for metric in ("ASR", "accuracy")
+        ]
+        write_table(table(given, *aligned), tmp_path / "own")
+        found = claims_table(tmp_path / "own")
+        assert found["verdict"].tolist()[0] == wanted
+        assert found["this run"].tolist()[0] == "1.00 [0.00, 3.00]", "the number is shown"
+        assert (found["adjusted p"].tolist()[0] == "") == (before < 20)
+        assert found["verdict"].tolist()[1] != wanted
+
+
 def test_models_stand_side_by_side_and_are_not_mixed(tmp_path, monkeypatch):
     monkeypatch.setattr(claims_module, "results_root", lambda: tmp_path)
     monkeypatch.setattr(

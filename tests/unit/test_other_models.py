@@ -32,12 +32,12 @@ def changed(config: Config, **model: str) -> Config:
 def test_of_a_model_for_aligning_only_its_alignment_is_asked(smoke_lab):
     lab = smoke_lab("model.use=aligning")
     asking = {name for name, artefact in ARTEFACTS.items() if artefact.ask(lab)}
-    assert asking == {"table4", "fig_budget", "fig6", "fig9", "fig10"}
+    assert asking == {"table4", "table_instructions", "fig_budget", "fig6", "fig9", "fig10"}
     own = {n for n, artefact in ARTEFACTS.items() if artefact.notebook == BUDGET}
     assert asking <= own
     measures = [m for name in asking for m in ARTEFACTS[name].ask(lab)]
     arms = {arm for measure in measures for arm, _ in measure.questions}
-    taught = {arm.attack for arm in arms if arm.setting == "learns harmless rows"}
+    taught = {arm.attack for arm in arms if arm.setting == catalogue.LEARNS}
     assert {arm.attack for arm in arms} - taught == {""}
     assert all(arm.base == "unaligned" and arm.method in ("", "trained") for arm in arms)
     everything = {arm for m in ARTEFACTS["table4"].ask(smoke_lab()) for arm, _ in m.questions}
