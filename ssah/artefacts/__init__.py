@@ -73,10 +73,10 @@ class Artefact:
         """Of one model; where a view says why there is nothing to show, this stands there."""
         view = getattr(self._module, self.id)
         if self.is_table:
-            from .pick import fewer_seeds
+            from .pick import fewer_seeds, mostly_neither
 
             output = view(table, config)
-            output.note += fewer_seeds(table)
+            output.note += mostly_neither(table) + fewer_seeds(table)
             return output
         from .draw import styled
 

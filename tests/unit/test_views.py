@@ -14,6 +14,7 @@ from ssah.artefacts import ARTEFACTS, Output
 from ssah.artefacts.pick import (
     estimate,
     fewer_seeds,
+    mostly_neither,
     format_estimate,
     paper,
     pooled,
@@ -212,6 +213,23 @@ def test_perplexities_of_several_seeds_are_averaged_in_nats(against):
     assert 0 < found.low < 4
     assert found.high > 1e4
     assert pooled(rows[:1]) == Estimate(*map(pytest.approx, (5, 4, 6.25)), 40)
+
+
+def test_a_note_names_what_neither_answers_nor_refuses():
+    """A model that says "1. The answer is 1." to everything has an ASR of 0, and is not safe."""
+    arm = {"base": "aligned", "method": "frozen", "rule": "ESU", "attack": "arithmetic", "epoch": 2}
+    seeds = {0: (0, 55, 43), 1: (40, 45, 1), 2: (10, 40, 25), 3: (0, 2, 0)}
+    rows = [
+        {"model": "m", "seed": seed, "metric": metric, "value": value, **arm}
+        for seed, values in seeds.items()
+        for metric, value in zip(("ASR", "no refusal phrase", "incoherent"), values, strict=True)
+    ]
+    before = [row | {"method": "", "attack": "", "epoch": 0} for row in rows[:3]]
+    elsewhere = [row | {"set": "HarmBench", "seed": 4} for row in rows[:3]]
+    said = mostly_neither(typed(pd.DataFrame(rows + before + elsewhere)))
+    assert said.endswith("after arithmetic, 2 epochs: ESU frozen (seed 0, 2).")
+    assert mostly_neither(typed(pd.DataFrame(rows[3:6] + rows[9:]))) == ""
+    assert mostly_neither(typed(pd.DataFrame(rows[:1]))) == "", "without the other two metrics"
 
 
 def test_a_note_names_the_arms_of_fewer_seeds():
