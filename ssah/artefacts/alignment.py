@@ -91,8 +91,8 @@ def ask_table_instructions(lab: Lab) -> list[Measure]:
 
 
 def _ask_arm(lab: Lab, arm: Arm) -> list[Measure]:
-    """Attack success and over-refusal of one model."""
-    asked = [Measure(arm, "ASR"), Measure(arm, "no refusal phrase")]
+    """Attack success, refusals and over-refusal of one model."""
+    asked = [Measure(arm, metric) for metric in ("ASR", "no refusal phrase", "refused")]
     for prompts in lab.config.experiment.aligned_asked:
         if has_prompts(lab, prompts):
             asked.append(Measure(arm, "ASR", prompts))
@@ -129,15 +129,13 @@ def table4(table: pd.DataFrame, config: Config) -> Output:
         "model, and the random control trains equally many. Everything else keeps its bits, which "
         "is checked after each training. Same rows, rate and epochs as the whole model, unless "
         "'twice the epochs' (the paper's rule) or '3 x the rate'. ASR: harmful prompts that are "
-        "answered; no refusal phrase: the paper's measure; attacked: ASR after one epoch of "
-        "harmless fine-tuning, on instructions. Accuracy change: "
+        "answered; those that are neither answered nor refused are evaded or incoherent. Attacked: "
+        "ASR after one epoch of harmless fine-tuning, on instructions. Accuracy change: "
         f"{tasks_of(table, config)}, points against the unaligned model on the same items. Drift: "
         "KL from the unaligned model on benign prompts, nats per token. `make bench` has seconds "
-        "and memory; ASR on other prompts "
-        "and with a prefix is in measurements.csv. The paper aligns with instructions and reports "
-        f"no safety (table_instructions): {'; '.join(_printed())}."
-        + _unattacked(config)
-        + _more(table),
+        "and memory; the paper's measure of success, and ASR on other prompts and with a prefix, "
+        "are in measurements.csv. The paper aligns with instructions and reports no safety "
+        f"(table_instructions): {'; '.join(_printed())}." + _unattacked(config) + _more(table),
         filled(pd.DataFrame(rows)),
     )
 
@@ -212,7 +210,7 @@ def _row(table: pd.DataFrame, name: str, arm: dict[str, Any]) -> dict[str, str]:
         "aligned through": name,
         "weights %": "" if weights is None else f"{weights.value:.1f}",
         "ASR": text(table, "ASR", **arm),
-        "no refusal phrase": text(table, "no refusal phrase", **arm),
+        "harmful refused": text(table, "refused", **arm),
         "ASR, attacked": text(table, "ASR", **attacked),
         "benign refused": text(table, "refused", set="benign", **arm),
         "borderline refused": text(table, "refused", set="borderline", **arm),
