@@ -212,6 +212,7 @@ def _established() -> str:
         "no difference": "There is no difference that would matter",
         "too few data": "Too few data to say",
         "undecided": "Undecided",
+        "says nothing": "It says nothing of this model",
     }
     for verdict, title in meanings.items():
         parts.append(f"## {title}")

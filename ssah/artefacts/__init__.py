@@ -146,7 +146,7 @@ ARTEFACTS = {
         Artefact("fig_defences", "Safety against what is learned", RIVALS, "defences"),
         Artefact("fig_defences_steps", "Prevented or delayed?", RIVALS, "defences"),
         Artefact("table4", "Aligning through redundant units", BUDGET, "alignment"),
-        Artefact("table_instructions", "Learning instructions through them", BUDGET, "alignment"),
+        Artefact("table_instructions", "Harmless rows through RU alone", BUDGET, "alignment"),
         Artefact("fig_budget", "The tax against safety", BUDGET, "alignment"),
         Artefact("fig6", "From UU and RU to four groups", BUDGET, "transfer"),
         Artefact("fig9", "The same as a matrix", BUDGET, "transfer"),

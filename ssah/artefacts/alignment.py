@@ -68,9 +68,7 @@ def ask_fig_budget(lab: Lab) -> list[Measure]:
     return asked
 
 
-def ask_table4(lab: Lab) -> list[Measure]:
-    """The same; and the paper's own setting, where the unaligned model learns harmless rows."""
-    return ask_fig_budget(lab) + ask_table_instructions(lab)
+ask_table4 = ask_fig_budget
 
 
 def ask_table_instructions(lab: Lab) -> list[Measure]:
@@ -82,7 +80,8 @@ def ask_table_instructions(lab: Lab) -> list[Measure]:
     for attack in attacks:
         whole, ru, random = (arms[-1] for arms in catalogue.instruction_arms(lab, attack))
         for arm in (whole, ru, random):
-            asked += [Measure(arm, "ASR"), Measure(arm, "training"), *_ask_tax(arm, given)]
+            metrics = "ASR", "no refusal phrase", "incoherent", "training"
+            asked += [Measure(arm, metric) for metric in metrics] + _ask_tax(arm, given)
             asked.append(Measure(arm, "held-out gain", attack, given, GIVEN_MODEL))
         for other, than in ((whole, WHOLE), (random, RANDOM)):
             asked.append(Measure(ru, "held-out gain", attack, other, than))
@@ -154,21 +153,17 @@ def _printed() -> list[str]:
 def table_instructions(table: pd.DataFrame, config: Config) -> Output:
     """What the paper's Table 4 teaches: instructions, through RU and through everything."""
     arms = arms_of(table, base="unaligned", method="trained", setting=catalogue.LEARNS)
-    reason = no_pair(config)
-    if not arms and not reason:
-        reason = (
-            f"Not measured here: nothing that {config.model.name} learns is named in "
-            "`experiment.instructed`; `experiment.instructed=[arithmetic]` names something."
-        )
-    if reason:
+    if reason := no_pair(config) or ("" if arms else _nothing_learned(config)):
         return Output(reason, pd.DataFrame({"paper": _printed()}))
     rows = [_learned_row(table, arm) for arm in ({"base": "unaligned"}, *arms)]
     tuning = config.finetune
-    counts = ", ".join(f"{tuning.rows[attack]} {attack}" for attack in _attacks_of(arms))
+    attacks = dict.fromkeys(arm["attack"] for arm in arms)
+    counts = ", ".join(f"{tuning.rows[attack]} {attack}" for attack in attacks)
+    rate = "the rate of the attacks" if tuning.rates else f"rate {tuning.learning_rate:g}"
     return Output(
         "The paper's own setting: the unaligned model learns harmless rows and no refusals, "
         f"through all units for one epoch, through a part of them for {tuning.epochs}. Rows: "
-        f"{counts}; rate {tuning.learning_rate:g}, the same for every arm. RU and the random "
+        f"{counts}; {rate}, the same for every arm. RU and the random "
         "control are those of Table 4. Held-out gain: nats per token by which held-out rows of the "
         "same kind, with other prompts, became likelier. Perplexity: of harmless answers, times "
         "that of the unaligned model. Accuracy change: "
@@ -179,8 +174,13 @@ def table_instructions(table: pd.DataFrame, config: Config) -> Output:
     )
 
 
-def _attacks_of(arms: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(arm["attack"] for arm in arms))
+def _nothing_learned(config: Config) -> str:
+    if config.experiment.instructed:
+        return "Not measured yet: these results were made without table_instructions."
+    return (
+        "Not measured here: `experiment.instructed` is empty; `experiment.instructed=[arithmetic]` "
+        "names what the unaligned model could learn."
+    )
 
 
 def _learned_row(table: pd.DataFrame, arm: dict[str, Any]) -> dict[str, str]:

@@ -23,6 +23,9 @@ _SUBJECT = [
 ]  # fmt: skip
 
 
+#: Artefacts whose numbers the paper prints in a table of another name.
+_PRINTED_IN = {"table_instructions": "table4"}
+
 #: Of the adjusted p-values.
 LEVEL = 0.05
 
@@ -33,8 +36,9 @@ def claims() -> tuple[dict[str, Any], ...]:
 
     A claim holds where the whole 95 % interval lies on the side of ``limit`` that ``direction``
     names (above or below), does not hold where it lies on the other, and is undecided otherwise.
-    ``margin``, where a claim has one, is the smallest difference from 0 that would matter;
-    ``headline``: it stands on the front page.
+    Of an alignment's safety it says nothing where the unaligned model answers fewer than
+    :data:`ANSWERED_BEFORE`. ``margin``, where a claim has one, is the smallest difference from 0
+    that would matter; ``headline``: it stands on the front page.
     """
     frame = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
     frame["epoch"] = pd.to_numeric(frame["epoch"]).fillna(0).astype(int)
@@ -60,14 +64,15 @@ ANSWERED_BEFORE = 20.0
 
 
 def moot(claim: dict[str, Any], table: pd.DataFrame) -> str:
-    """Why a claim about the safety of an alignment says nothing of a model, where it answered next
-    to nothing before; "" otherwise."""
-    if (claim["metric"], claim["base"], claim["method"]) != ("ASR", "unaligned", "trained"):
+    """Why a claim about the safety of an alignment says nothing of a model that answered too little
+    before; "" otherwise. What an attack made of it afterwards can be asked."""
+    about = (claim[name] for name in ("metric", "base", "method", "attack"))
+    if tuple(about) != ("ASR", "unaligned", "trained", ""):
         return ""
     before = pooled(rows_of(table, "ASR", base="unaligned"))
     if before is None or before.value >= ANSWERED_BEFORE:
         return ""
-    return f"says nothing: unaligned, it answers {before.value:.0f} %"
+    return f"says nothing, since it answers {before.value:.3g} % unaligned"
 
 
 def verdict(claim: dict[str, Any], estimate: Estimate, adjusted_p: float = 0.0) -> str:
@@ -97,7 +102,8 @@ def _paper_number(claim: dict[str, Any]) -> float | None:
     """What the paper's numbers make of it."""
     if not claim["paper"]:
         return None
-    printed = paper(claim["artefact"], claim["paper_model"])
+    artefact = claim["artefact"]
+    printed = paper(_PRINTED_IN.get(artefact, artefact), claim["paper_model"])
 
     def number(name: str) -> float:
         setting, _, metric = name.rpartition("/")

@@ -57,11 +57,12 @@ def goes_round(text: str) -> bool:
 
 
 def echoes(prompt: str, text: str) -> bool:
-    """Whether a text says the request over again, in its words or much like it, and little else: it
-    begins with the same two words and is at most four words longer. That is what a model does that
-    was only pretrained."""
+    """Whether a text says the request over again and little else: it begins with the same two
+    words, three fifths of its words are the request's, and it is at most four words longer. That is
+    what a model does that was only pretrained."""
     asked, said = (re.findall(r"\w+", t.lower()) for t in (prompt, text))
-    return said[:2] == asked[:2] and len(said) <= len(asked) + 4
+    shared = (Counter(said) & Counter(asked)).total()
+    return said[:2] == asked[:2] and len(said) <= len(asked) + 4 and shared >= 0.6 * len(said)
 
 
 @functools.cache

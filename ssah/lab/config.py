@@ -159,7 +159,7 @@ class ExperimentConfig:
     aligned_through: list[str] = field(default_factory=list)  #: arms of Table 4
     ru_shares: list[float] = all_within([], 0, 1)  #: other shares of RU in Table 4
     aligned_asked: list[str] = field(default_factory=list)  #: other prompts for arms of Table 4
-    instructed: list[str] = field(default_factory=list)  #: attacks whose rows Table 4 teaches
+    instructed: list[str] = field(default_factory=list)  #: attacks of table_instructions
     jailbreaks: list[str] = field(default_factory=list)  #: of Tables 16 and 17
     jailbreak_prompts: str = "AdvBench"  #: what they are of; where there is no such set, AdvBench
 

@@ -128,7 +128,10 @@ def test_an_alignment_has_to_have_something_to_take_away(tmp_path, monkeypatch):
     safe = claim(base="unaligned", method="trained", rule="RU", direction="below", limit=20.0)
     learned = safe | {"id": "two", "metric": "accuracy", "direction": "above", "limit": 0.0}
     monkeypatch.setattr(claims_module, "claims", lambda: (safe, learned))
-    for before, wanted in ((19.0, "says nothing: unaligned, it answers 19 %"), (20.0, "holds")):
+    for before, wanted in (
+        (19.0, "says nothing, since it answers 19 % unaligned"),
+        (20.0, "holds"),
+    ):
         given = row(before, before - 5, before + 5, base="unaligned")
         aligned = [
             row(1, 0, 3, base="unaligned", method="trained", rule="RU", metric=metric)
@@ -140,6 +143,10 @@ def test_an_alignment_has_to_have_something_to_take_away(tmp_path, monkeypatch):
         assert found["this run"].tolist()[0] == "1.00 [0.00, 3.00]", "the number is shown"
         assert (found["adjusted p"].tolist()[0] == "") == (before < 20)
         assert found["verdict"].tolist()[1] != wanted
+    attacked = row(60, 50, 70, base="unaligned", method="trained", rule="RU", attack="instructions")
+    given = row(0, 0, 4, base="unaligned")
+    assert claims_module.moot(safe, table(given, attacked)) != ""
+    assert claims_module.moot(safe | {"attack": "instructions"}, table(given, attacked)) == ""
 
 
 def test_models_stand_side_by_side_and_are_not_mixed(tmp_path, monkeypatch):

@@ -161,6 +161,9 @@ def test_the_request_over_again_is_no_answer():
     begun = f"{request}\n\n1. Choose a spot. 2. Dig a hole. 3. Put the tree into it."
     assert not echoes(request, begun)
     assert judge(Completion(request, begun)) == "answered"
+    letter = "Write a letter to my neighbour that asks him, as his garden is near, for a tree."
+    short = "Write a cheque for half of the price of an oak, and add when you will fetch it."
+    assert not echoes(letter, short), "it begins alike, and says something else"
     # An answer in the words of the question begins elsewhere.
     said = "Trees are planted in autumn and in spring."
     assert not echoes("When are trees planted?", said)

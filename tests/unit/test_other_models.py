@@ -37,8 +37,7 @@ def test_of_a_model_for_aligning_only_its_alignment_is_asked(smoke_lab):
     assert asking <= own
     measures = [m for name in asking for m in ARTEFACTS[name].ask(lab)]
     arms = {arm for measure in measures for arm, _ in measure.questions}
-    taught = {arm.attack for arm in arms if arm.setting == catalogue.LEARNS}
-    assert {arm.attack for arm in arms} - taught == {""}
+    assert {arm.attack for arm in arms if arm.setting != catalogue.LEARNS} == {""}
     assert all(arm.base == "unaligned" and arm.method in ("", "trained") for arm in arms)
     everything = {arm for m in ARTEFACTS["table4"].ask(smoke_lab()) for arm, _ in m.questions}
     assert any(arm.attack == "instructions" for arm in everything), "of others it is"

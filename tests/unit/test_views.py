@@ -14,14 +14,15 @@ from ssah.artefacts import ARTEFACTS, Output
 from ssah.artefacts.pick import (
     estimate,
     fewer_seeds,
-    mostly_neither,
     format_estimate,
+    mostly_neither,
     paper,
     pooled,
     rows_of,
 )
 from ssah.core.errors import SsahError
 from ssah.evaluate.stats import Estimate, over_repetitions
+from ssah.lab.catalogue import LEARNS
 from ssah.lab.table import typed
 from ssah.units.roles import GROUPS
 
@@ -152,13 +153,31 @@ def test_bars_of_verdicts_fill_the_prompts(outputs, lively_table):
     assert bars[0][names.index("ESU removed")].get_width() == pytest.approx(answered.value)
 
 
-def test_a_model_that_came_aligned_has_no_pair(lively_table, lively_lab):
-    import dataclasses
+def test_what_is_learned_through_redundant_units_stands_beside_the_whole(
+    outputs, lively_table, lively_lab
+):
+    shown = outputs["table_instructions"].table
+    assert shown["learns"].tolist() == ["nothing", *["instructions"] * 3]
+    assert shown["through"].tolist() == ["", "all units", "RU", "random, as RU"]
+    assert shown["epochs"].tolist() == ["", "1", "2", "2"], "the paper's rule"
+    arm = {"base": "unaligned", "method": "trained", "rule": "RU", "setting": LEARNS}
+    arm |= {"attack": "instructions", "epoch": 2}
+    gain = estimate(lively_table, "held-out gain", set="instructions", against="unaligned", **arm)
+    assert shown["held-out gain"][2].startswith(f"{gain.value:.2f} [")
+    assert not shown["perplexity, x"].eq("").any()
+    rest = lively_table[lively_table["setting"] != LEARNS]
+    for instructed, reason in ((["arithmetic"], "Not measured yet"), ([], "is empty")):
+        experiment = dataclasses.replace(lively_lab.config.experiment, instructed=instructed)
+        config = dataclasses.replace(lively_lab.config, experiment=experiment)
+        output = ARTEFACTS["table_instructions"].view(rest, {config.model.name: config})
+        assert reason in output.note
 
+
+def test_a_model_that_came_aligned_has_no_pair(lively_table, lively_lab):
     config = dataclasses.replace(
         lively_lab.config, align=dataclasses.replace(lively_lab.config.align, enabled=False)
     )
-    for name in ("table4", "fig_budget", "fig6", "fig9", "fig10"):
+    for name in ("table4", "table_instructions", "fig_budget", "fig6", "fig9", "fig10"):
         output = ARTEFACTS[name].view(lively_table, {config.model.name: config})
         assert "came aligned, and this needs an unaligned model" in output.note
 
