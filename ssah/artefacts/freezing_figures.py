@@ -252,5 +252,5 @@ def fig_sufficiency(table: pd.DataFrame, config: Config) -> Output:
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.invert_yaxis()
     axes.set(xlabel="% of the evaluation prompts", xlim=(-2, 102))
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper right")  # where the model before the attack leaves room
     return output

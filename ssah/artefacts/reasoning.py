@@ -319,6 +319,10 @@ def ask_fig_margin(lab: Lab) -> list[Measure]:
     return asked
 
 
+#: Lines fill these panels, so their legends stand below them.
+_BELOW = {"fontsize": 7, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+
+
 def fig_margin(table: pd.DataFrame, config: Config) -> Output:
     """Does the model prefer refusals, where should it, and do distances say the same?"""
     output = Output(
@@ -344,9 +348,9 @@ def fig_margin(table: pd.DataFrame, config: Config) -> Output:
             middle.axhline(before.value, ls=line, color=colour, lw=1.2, label=f"{name}, {what}")
     left.axhline(0, color="black", lw=0.8)
     left.set(xlabel="tokens of the opening", ylabel="margin, nats", title="Refuse or answer?")
-    left.legend(fontsize=7)
+    left.legend(**_BELOW)
     middle.set(xlabel="block", ylabel="AUROC", ylim=(0, 1.02), title="Harmful against benign")
-    middle.legend(fontsize=7)
+    middle.legend(**_BELOW)
     _draw_scatter(right, table)
     return output
 
@@ -366,8 +370,7 @@ def _draw_scatter(axes: Axes, table: pd.DataFrame) -> None:
         )  # fmt: skip
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xlabel="margin, nats", ylabel="lean, last block", title="Choice and state")
-    axes.margins(y=0.25)  # room for the legend
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(**_BELOW | {"ncols": 1})
 
 
 # --- read-out --------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
+from ssah.app.study import Study, drawn
 from ssah.artefacts import ARTEFACTS, Output
 from ssah.artefacts.pick import (
     estimate,
@@ -296,3 +298,18 @@ def test_differences_of_shares_stay_within_what_can_be():
         for seed, value in enumerate((-90.0, -20.0))
     ]  # fmt: skip
     assert pooled(typed(pd.DataFrame(rows))).low == -100
+
+
+@pytest.fixture(scope="module")
+def published() -> Study:
+    return Study("published")
+
+
+@pytest.mark.parametrize("name", [n for n, artefact in ARTEFACTS.items() if not artefact.is_table])
+def test_nothing_in_a_published_figure_was_drawn_without_data(published, name):
+    """A figure whose rows were lost on the way to its table keeps its axes and its legend."""
+    figure = drawn(published, ARTEFACTS[name]).figure
+    for axes in figure.axes:
+        points = [line.get_xdata() for line in axes.lines]
+        points += [c.get_offsets() for c in axes.collections if isinstance(c, PathCollection)]
+        assert all(len(found) for found in points), axes.get_title()
