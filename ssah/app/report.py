@@ -163,7 +163,7 @@ def claim_blocks(name: str) -> list[tuple[str, list[str]]]:
     """The blocks of a page that name claims, as in ``<!-- claims esu_are_few:begin -->``, and
     these; :class:`SsahError` for one that there is not."""
     text = (project_root() / name).read_text(encoding="utf-8")
-    found = re.findall(r"<!-- (claims ([a-z0-9_ ]+)):begin -->", text)
+    found = re.findall(r"<!-- (claims ([^:]+)):begin -->", text)
     known = [claim["id"] for claim in all_claims()]
     for wanted in (w for _, names in found for w in names.split() if w not in known):
         raise SsahError(f"{name}: there is no claim '{wanted}'{suggestion(wanted, known)}")

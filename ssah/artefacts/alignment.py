@@ -76,9 +76,9 @@ def ask_table_instructions(lab: Lab) -> list[Measure]:
     if not lab.config.align.enabled:
         return []
     (given,) = catalogue.unaligned(lab)
-    attacks, asked = lab.config.experiment.instructed, []
-    for attack in attacks:
-        whole, ru, random = (arms[-1] for arms in catalogue.instruction_arms(lab, attack))
+    asked = []
+    for attack in lab.config.experiment.instructed:
+        whole, ru, random = catalogue.instruction_arms(lab, attack)
         for arm in (whole, ru, random):
             metrics = "ASR", "no refusal phrase", "incoherent", "training"
             asked += [Measure(arm, metric) for metric in metrics] + _ask_tax(arm, given)
@@ -184,13 +184,13 @@ def _nothing_learned(config: Config) -> str:
 
 
 def _learned_row(table: pd.DataFrame, arm: dict[str, Any]) -> dict[str, str]:
-    weights, attack = estimate(table, "trained weights", **arm), arm.get("attack", "")
+    attack = arm.get("attack", "")
     than = {"against": GIVEN_MODEL, **arm}
     return {
         "learns": attack or "nothing",
         "through": units_name(arm["rule"], arm["like"]) if attack else "",
         "epochs": str(arm["epoch"]) if attack else "",
-        "weights %": "" if weights is None else f"{weights.value:.1f}",
+        "weights %": _weights(table, arm),
         "held-out gain": text(table, "held-out gain", 2, set=attack, **than) if attack else "",
         "accuracy change": text(table, "accuracy", set="average", **than),
         "perplexity, x": text(table, "perplexity", 2, **than),
@@ -199,16 +199,21 @@ def _learned_row(table: pd.DataFrame, arm: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _weights(table: pd.DataFrame, arm: dict[str, Any]) -> str:
+    """Per cent of the weights that are trained, the mean over seeds."""
+    weights = estimate(table, "trained weights", **arm)
+    return "" if weights is None else f"{weights.value:.1f}"
+
+
 def _arms(table: pd.DataFrame) -> list[dict[str, Any]]:
     return arms_of(table, base="unaligned", method="trained", attack="")
 
 
 def _row(table: pd.DataFrame, name: str, arm: dict[str, Any]) -> dict[str, str]:
     attacked = arm | {"attack": MAIN_ATTACK, "epoch": 1}
-    weights = estimate(table, "trained weights", **arm)
     return {
         "aligned through": name,
-        "weights %": "" if weights is None else f"{weights.value:.1f}",
+        "weights %": _weights(table, arm),
         "ASR": text(table, "ASR", **arm),
         "harmful refused": text(table, "refused", **arm),
         "ASR, attacked": text(table, "ASR", **attacked),

@@ -107,16 +107,16 @@ def fewer_seeds(table: pd.DataFrame) -> str:
 
 def mostly_neither(table: pd.DataFrame) -> str:
     """Which fine-tuned arms neither answer nor refuse most of the prompts, as a sentence of a note;
-    "" where there is none. Such a model has lost its language or fallen into a formula."""
+    "" where there is none, or none was asked for all three metrics that tell. Such a model has lost
+    its language, fallen into a formula, or learned to be curt."""
     own = table[(table["method"] != "") & (table["attack"] != "") & (table["against"] == "")]
     own = own[(own["set"] == "") & (own["at"] == "")]
     keys = [*_ARM, "seed", "draw"]
-    parts = [
+    unrefused, answered, incoherent = (
         own[own["metric"] == metric].set_index(keys)["value"].astype(float)
         for metric in ("no refusal phrase", "ASR", "incoherent")
-    ]
-    coherent, answered, incoherent = parts
-    neither = (coherent - answered + incoherent).dropna()
+    )
+    neither = (unrefused - answered + incoherent).dropna()
     seeds = dict[str, set[int]]()
     for index in neither[neither > 50].index:
         arm = dict(zip(keys, index, strict=True))

@@ -568,28 +568,27 @@ def _by_value_row(layout: UnitLayout, rank: Rank) -> Rank:
 LEARNS = "learns harmless rows"
 
 
-def instruction_arms(lab: Lab, attack: str) -> list[list[Arm]]:
-    """The paper's alignment: the given model learns from harmless rows, by the paper's rule for
-    the number of epochs."""
+def instruction_arms(lab: Lab, attack: str) -> tuple[Arm, Arm, Arm]:
+    """The paper's alignment: the given model learns from harmless rows through all units for one
+    epoch, and through RU or as many random units for as many as are configured."""
     ru = functools.cache(lambda: redundant(lab, lab.config.experiment.ru_share))
 
-    def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> list[Arm]:
-        @functools.cache
+    def arm(rule: str, like: str, part: Callable[[], Part], epochs: int) -> Arm:
         def trained() -> Model:
             changes: dict[str, Any] = {"epochs": epochs} if epochs == 1 else {}
-            return GIVEN.trained(attack, part(), **changes)
+            return GIVEN.trained(attack, part(), **changes).at(epochs)
 
-        return _each_epoch(
-            trained, epochs, base="unaligned", method="trained", rule=rule, like=like,
-            attack=attack, setting=LEARNS,
+        return Arm(
+            trained, base="unaligned", method="trained", rule=rule, like=like, attack=attack,
+            epoch=epochs, setting=LEARNS,
         )  # fmt: skip
 
     long = lab.config.finetune.epochs
-    return [
+    return (
         arm(ALL_UNITS, "", lambda: EVERYTHING, 1),
         arm(RU, "", lambda: Part(train=ru()), long),
         arm("random", RU, lambda: Part(train=matched(lab, "random", ru())), long),
-    ]
+    )
 
 
 # --- of all of these, those whose verdicts are counted and whose completions are read ---------

@@ -12,12 +12,12 @@ import click
 
 from ...core.errors import SsahError
 from ...core.progress import show_progress
-from .settings import DEFENCES, Settings
+from .settings import DEFENCES, SHARE, Settings
 
 #: Setting -> what its option says.
 SAID = {
     "defence": f"{', '.join(DEFENCES)}.",
-    "share": "Refusals that mixing puts among the rows, as a fraction of them  [default: 0.1]",
+    "share": f"Refusals that mixing puts among the rows, as a fraction of them  [default: {SHARE}]",
     "epochs": "How often the rows are learned.",
     "learning_rate": "At the beginning; it falls to nothing  [default: 2e-5, with --lora 2e-4]",
     "batch_size": "Rows a step.",

@@ -18,13 +18,16 @@ DEFENCES = {
     "none": "no defence: plain fine-tuning",
 }
 
+#: Refusals that mixing puts among the rows where nothing is said, as a fraction of them.
+SHARE = 0.1
+
 
 @dataclass
 class Settings:
     """How the model is fine-tuned. AdamW; the rate falls linearly to nothing."""
 
     defence: str = one_of("mixing", *DEFENCES)
-    #: refusals that are mixed in, as a fraction of the rows; where none is given a tenth
+    #: refusals that are mixed in, as a fraction of the rows; where none is given :data:`SHARE`
     share: float | None = within(None, high=1, above=0)
     epochs: int = within(1, 1)
     #: at the beginning; where none is given 2e-5, and 2e-4 for adapters
@@ -56,7 +59,7 @@ class Settings:
         """How many of its own refusals the model learns from for each row."""
         if self.alternates:
             return 1 / LISA_PERIOD
-        return (self.share or 0.1) * self.mixes
+        return (self.share or SHARE) * self.mixes
 
     @property
     def alternates(self) -> bool:
